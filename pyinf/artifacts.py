@@ -342,7 +342,7 @@ def load_tensors(path: str | os.PathLike[str], expected: Mapping[str, Any] | Non
 
 
 def resolve_file(directory: str | os.PathLike[str], name: str) -> Path:
-    """The path of file ``name`` in ``directory``. Raises :class:`ArtifactError` for a name that would lead out of it."""
+    """The path of file ``name`` in ``directory``. Raises :class:`ArtifactError` for a name that leads out of it."""
     directory = Path(directory)
     parts = name.split("/") if isinstance(name, str) else [""]
     bad = any(part in ("", ".", "..") for part in parts) or any(c in "\\:" or ord(c) < 32 for c in "/".join(parts))
@@ -494,7 +494,7 @@ def claim_directory(directory: str | os.PathLike[str], run: Mapping[str, Any]) -
             raise ArtifactError(f"cannot read {directory}: {error.strerror or error}") from error
         if strange:
             raise ArtifactError(
-                f"{directory} is not empty and holds no pyinf run (it has {strange[0]!r}); choose another output directory"
+                f"{directory} is not empty and holds no pyinf run (it has {strange[0]!r}); choose another directory"
             )
     atomic_write_json(path, wanted)
     return False
@@ -504,7 +504,7 @@ def claim_directory(directory: str | os.PathLike[str], run: Mapping[str, Any]) -
 
 
 def fingerprint_model(model: torch.nn.Module, names: Iterable[str] | None = None, samples: int = 4096) -> str:
-    """SHA-256 of a model's parameters and buffers: names, shapes, dtypes, and an even sample of ``samples`` values each.
+    """SHA-256 of a model's parameters and buffers: names, shapes, dtypes, and ``samples`` evenly spaced values each.
 
     ``names`` keeps only the tensors with those names or below the modules so named. An edit of a few values between the
     sample points goes unseen; training, quantising, merging or loading in another dtype does not.
