@@ -100,7 +100,9 @@ def sparse_projection(x: Tensor, k: int, seed: int = 0, nnz: int = 1) -> Tensor:
 
 def select_coordinates(x: Tensor, indices: Tensor) -> Tensor:
     """A coordinate mask: ``x[:, indices]`` in float32 (float64 for float64 inputs). x: ``[B, D]``, indices: int64
-    ``[k]``.""" _need_flat(x, 1)
+    ``[k]``.
+    """
+    _need_flat(x, 1)
     return x.index_select(1, indices).to(accumulator_dtype(x))
 
 

@@ -39,8 +39,8 @@ def pack(g: Tensor, a: Tensor, offsets: Tensor | None = None, mask: Tensor | Non
     """
     if g.dim() != a.dim() or g.dim() not in (2, 3) or g.shape[:-1] != a.shape[:-1]:
         raise ConfigError(
-            f"g and a must be [N, d] or [B, T, d] with the same leading sizes; got {tuple(g.shape)} and
-            {tuple(a.shape)}"
+            "g and a must be [N, d] or [B, T, d] with the same leading sizes; "
+            f"got {tuple(g.shape)} and {tuple(a.shape)}"
         )
     if mask is not None and mask.shape != g.shape[:-1]:
         raise ConfigError(f"mask must have the shape {tuple(g.shape[:-1])}; got {tuple(mask.shape)}")

@@ -97,7 +97,9 @@ def sparse_coordinates(
     rows: tuple[int, int], k: int, nnz: int, seed: int, stream: int = 0, device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor]:
     """Buckets ``[n, nnz]`` (int64, below k) and signs ``[n, nnz]`` (float32, ±1) of input coordinates
-    ``rows[0]:rows[1]``.""" i = _range(rows[0], rows[1], device)[:, None]
+    ``rows[0]:rows[1]``.
+    """
+    i = _range(rows[0], rows[1], device)[:, None]
     s = _range(0, nnz, device)[None, :]
     w0, w1, _, _ = philox4x32((s, i & _LOW, i >> 32, torch.full_like(i, stream | SPARSE_BIT)), _key(seed))
     return (w0 * k) >> 32, (1 - 2 * (w1 & 1)).float()
