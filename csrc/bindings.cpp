@@ -1,0 +1,87 @@
+// The only file that knows pybind11. Pointers cross as integers (a tensor's data_ptr()), so nothing here needs torch.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "pyinf/build_info.h"
+#include "pyinf/cpu/isa.h"
+#include "pyinf/dtype.h"
+#include "pyinf/status.h"
+
+#ifdef PYINF_WITH_CUDA
+#include "pyinf/cuda_info.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+using Raw = std::conditional_t<std::is_pointer_v<T>, std::uintptr_t, T>;
+
+template <typename T>
+T from_raw(Raw<T> value) {
+  if constexpr (std::is_pointer_v<T>) {
+    return reinterpret_cast<T>(value);
+  } else {
+    return value;
+  }
+}
+
+// Binds a plain C++ function; every pointer argument is taken as an integer, and the interpreter lock is released.
+template <auto Function>
+struct Binder;
+
+template <typename R, typename... Args, R (*Function)(Args...)>
+struct Binder<Function> {
+  static R call(Raw<Args>... args) { return Function(from_raw<Args>(args)...); }
+};
+
+template <auto Function, typename... Extra>
+void def_raw(py::module_& m, const char* name, const Extra&... extra) {
+  m.def(name, &Binder<Function>::call, py::call_guard<py::gil_scoped_release>(), extra...);
+}
+
+py::object build_config() {
+  py::object config = py::module_::import("json").attr("loads")(pyinf::build_info_json());
+#ifdef PYINF_WITH_CUDA
+  config["cudart"] = pyinf::cuda_runtime_version();
+#else
+  config["cudart"] = py::none();
+#endif
+  config["cpu_isa_here"] = static_cast<int>(pyinf::cpu::detect_isa());
+  return config;
+}
+
+py::object error_name(int code) {
+  if (const char* name = pyinf::status_name(code)) return py::str(name);
+#ifdef PYINF_WITH_CUDA
+  if (code > 0) return py::str(pyinf::cuda_error_name(code));
+#endif
+  return py::str("unknown error " + std::to_string(code));
+}
+
+void bind_cpu(py::module_& m) {
+  // One line a kernel: def_raw<&pyinf::cpu::function>(m, "cpu_function", py::arg("..."), ...);
+  (void)m;
+}
+
+#ifdef PYINF_WITH_CUDA
+void bind_cuda(py::module_& m) { def_raw<&pyinf::cuda_device_count>(m, "cuda_device_count"); }
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of pyinf. Pointers are integers; every kernel returns 0 or an error code (error_name).";
+  m.def("build_config", &build_config, "How this extension was built, as a dict.");
+  m.def("error_name", &error_name, py::arg("code"), "What a kernel's return code means.");
+  m.attr("DTYPES") = py::dict(
+      py::arg("float32") = static_cast<int>(pyinf::kFloat32), py::arg("float64") = static_cast<int>(pyinf::kFloat64),
+      py::arg("float16") = static_cast<int>(pyinf::kFloat16), py::arg("bfloat16") = static_cast<int>(pyinf::kBFloat16));
+  bind_cpu(m);
+#ifdef PYINF_WITH_CUDA
+  bind_cuda(m);
+#endif
+}

@@ -1,0 +1,1 @@
+"""Triton kernels: plain ``@triton.jit`` functions and their configurations. Installed as ``pyinf.triton_kernels``."""
