@@ -1,0 +1,480 @@
+"""The one call: which training data made the model say this?"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyinf import artifacts, ops, progress
+from pyinf import methods as _methods
+from pyinf._version import __version__
+from pyinf.capture import Modules, select_layers
+from pyinf.curvature import EIGENSOLVERS, Factors, check_damping
+from pyinf.data.batching import PreparedExamples, make_batches, prepare
+from pyinf.errors import ArtifactError, ConfigError, ModelError
+from pyinf.methods.bm25 import bm25_scores
+from pyinf.methods.gradient import GradientRun, ScoreRequest, check_request
+from pyinf.plan import Plan, default_token_budget, make_plan, parse_bytes
+from pyinf.score import Scores, parse_rank
+from pyinf.tasks import CausalLM, Task
+
+__all__ = ["Attributor", "attribute"]
+
+_OPTIONS = {
+    "query_rank": None,
+    "eigensolver": "auto",
+    "memory_budget": None,
+    "cache": "auto",
+    "token_budget": None,
+    "checkpoint_seconds": 60.0,
+}
+
+
+class Attributor:
+    """Traces what a model says to its training data.
+
+    Args:
+        model: any ``nn.Module`` that the task can run; nothing of it is changed after a call.
+        method: a key of ``pyinf.methods()``.
+        task: the training loss and the measurement; :class:`pyinf.CausalLM` by default.
+        modules: which layers (None: every supported layer in the blocks; a glob, a list, or a predicate on (name, module)).
+        damping: ``λ = damping · mean(Λ)`` per layer, or λ itself with ``damping_mode="absolute"``.
+        fisher: ``"sampled"`` (labels drawn from the model, the true Fisher) or ``"empirical"`` (the data's labels).
+        device, dtype: move the model there for the time of each call; None: as it is.
+        backend: which implementation of the ops; None: as set by :func:`pyinf.set_backend`.
+        run_dir: keep unfinished and finished work there; the same call again goes on where it stopped.
+        **method_options: ``query_rank`` (None: dense; a rank; a captured energy such as 0.99), ``eigensolver``,
+            ``memory_budget`` (bytes or "2GiB"), ``cache`` (auto, memory, disk, none), ``token_budget``,
+            ``checkpoint_seconds``.
+
+    Raises:
+        ConfigError: unknown method or option, or damping ≤ 0.
+        ModuleSelectionError: no layer matched.
+
+    Source: Grosse et al. 2023, arXiv 2308.03296.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str = "ekfac",
+        task: Task | None = None,
+        modules: Modules = None,
+        damping: float = 0.1,
+        damping_mode: str = "relative",
+        fisher: str = "sampled",
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+        seed: int = 0,
+        run_dir: str | os.PathLike[str] | None = None,
+        **method_options: Any,
+    ) -> None:
+        self.method = _methods.get(method)
+        check_damping(damping, damping_mode)
+        if fisher not in ("sampled", "empirical"):
+            raise ConfigError(f"unknown fisher '{fisher}'; use 'sampled' (true Fisher) or 'empirical' (the data's labels)")
+        unknown = sorted(set(method_options) - set(_OPTIONS))
+        if unknown:
+            raise ConfigError(f"unknown option '{unknown[0]}' for method '{method}'; available: {', '.join(_OPTIONS)}")
+        self.options = {**_OPTIONS, **method_options}
+        if self.options["eigensolver"] not in EIGENSOLVERS:
+            raise ConfigError(f"unknown eigensolver '{self.options['eigensolver']}'; choose one of {', '.join(EIGENSOLVERS)}")
+        self.query_rank = parse_rank(self.options["query_rank"])
+        if backend is not None:
+            with ops.use_backend(backend):
+                pass  # an unknown or unavailable backend is an error now, not after an hour
+        self.model, self.damping, self.damping_mode, self.fisher = model, float(damping), damping_mode, fisher
+        self.task = task if task is not None else CausalLM()
+        self.task.seed = seed
+        self.device, self.dtype, self.backend, self.seed = device, dtype, backend, seed
+        self.run_dir = Path(run_dir) if run_dir is not None else None
+        self.factors: Factors | None = None
+        self.modules = modules
+        self._prepared: dict[int, tuple[Any, PreparedExamples]] = {}
+        self._plan: Plan | None = None
+        self._keep_captured = False
+        if self.method.kind == "gradient":
+            if not any(True for _ in model.parameters()):
+                raise ModelError("the model has no parameters; give a transformers model or an nn.Module with nn.Linear layers")
+            self._placed()
+            self.selection = select_layers(model, modules)
+            self._run = GradientRun(
+                model, self.selection, self.task, self.method, fisher, self.options["eigensolver"], seed
+            )
+
+    # -- plan ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds by stage so far."""
+        return self._run.timings if self.method.kind == "gradient" else {}
+
+    def plan(self, train: Any, queries: Any = None, batch_size: int | None = None, dampings: int = 1) -> Plan:
+        """What a run over these data will do, and about how long it takes; checks the data against the model.
+
+        Raises:
+            DataError: something is wrong with the data; names the example.
+            ResourceError: it does not fit.
+        """
+        train_data = self._prepare(train, "train")
+        query_data = self._prepare(queries, "queries") if queries is not None else None
+        return self._make_plan(train_data, query_data, batch_size, dampings)
+
+    def _make_plan(
+        self, train: PreparedExamples, queries: PreparedExamples | None, batch_size: int | None, dampings: int = 1
+    ) -> Plan:
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
+        device = next(self.model.parameters()).device
+        token_budget = self.options["token_budget"]
+        if token_budget is not None and (not isinstance(token_budget, int) or token_budget < 1):
+            raise ConfigError(f"token_budget is {token_budget}; it must be at least 1")
+        if token_budget is None and batch_size is None:
+            token_budget = default_token_budget(device)
+        vocabulary = int(getattr(getattr(self.model, "config", None), "vocab_size", 0) or 0)
+        plan = make_plan(
+            self.selection,
+            device=device,
+            element_size=next(self.model.parameters()).element_size(),
+            vocabulary=vocabulary,
+            train_lengths=train.lengths,
+            query_lengths=queries.lengths if queries is not None else [],
+            batches=len(make_batches(train.lengths, None, batch_size, token_budget)),
+            token_budget=token_budget,
+            batch_size=batch_size,
+            factors=self.method.factors,
+            fisher=self.fisher,
+            fitted=self.factors is not None,
+            query_rank=self.query_rank,
+            dampings=dampings,
+            memory_budget=parse_bytes(self.options["memory_budget"]),
+            cache=self.options["cache"],
+            keep_for_scores=self._keep_captured,
+            disk_free=artifacts.free_disk(self.run_dir or Path.cwd()),
+            to_disk=self.run_dir is not None,
+        )
+        self._plan = plan
+        return plan
+
+    # -- fit -----------------------------------------------------------------------------------------------------------
+
+    def fit(self, train: Any, batch_size: int | None = None) -> Attributor:
+        """Fit the method's factors on ``train``; resumable when ``run_dir`` is set. Methods without factors: no work.
+
+        Returns:
+            Itself; ``attributor.factors`` holds the result.
+
+        Raises:
+            DataError, ResourceError: before any work.
+            NonFiniteError: names the layer and the example.
+            ArtifactError: ``run_dir`` holds a fit of another model, dataset or setting.
+        """
+        if self.method.factors is None:
+            return self
+        data = self._prepare(train, "train")
+        return self._fit(data, self._make_plan(data, None, batch_size))
+
+    def run(self, train: Any, queries: Any, batch_size: int | None = None) -> Scores:
+        """:meth:`fit` and :meth:`score` planned together, so that what the layers see may be captured once for both."""
+        if self.method.kind != "gradient":
+            return self.score(queries, train, batch_size)
+        self._keep_captured = self.fisher == "empirical"
+        try:
+            train_data, query_data = self._prepare(train, "train"), self._prepare(queries, "queries")
+            plan = self._make_plan(train_data, query_data, batch_size)
+            if self.method.factors is not None and self.factors is None:
+                self._fit(train_data, plan)
+            return self.score(queries, train, batch_size)
+        finally:
+            self._keep_captured = False
+            self._run.release()
+
+    def _fit(self, data: PreparedExamples, plan: Plan) -> Attributor:
+        home = self.run_dir / "fit" if self.run_dir is not None else None
+        if home is not None:
+            artifacts.claim_directory(home, self._fit_identity(data, plan))
+            if (home / "factors" / artifacts.MANIFEST_NAME).exists():
+                self.load_factors(home / "factors")
+                progress.note(f"factors found in {home / 'factors'}; not fitted again")
+                return self
+        with self._backend():
+            factors = self._run.fit(
+                data,
+                plan,
+                home / "state" if home is not None else None,
+                self._keep_captured,
+                float(self.options["checkpoint_seconds"]),
+            )
+        factors.meta = {
+            "model": self._model_fingerprint(),
+            "data": self._data_fingerprint(data),
+            "fisher": self.fisher,
+            "eigensolver": self.options["eigensolver"],
+            "seed": self.seed,
+            "task": self.task.fingerprint(),
+        }
+        self.factors = factors
+        if home is not None:
+            artifacts.check_free_disk(home, factors.nbytes, "the factors")
+            factors.save(home / "factors")
+            state = home / "state"
+            for path in state.glob("*"):
+                path.unlink(missing_ok=True)
+            state.rmdir()
+        return self
+
+    def load_factors(self, directory: str | os.PathLike[str]) -> Attributor:
+        """Use factors fitted earlier.
+
+        Raises:
+            ArtifactError: damaged, or fitted for another method, other layers or another model.
+        """
+        device = next(self.model.parameters()).device
+        factors = Factors.load(directory, device)
+        if factors.kind != self.method.factors:
+            raise ArtifactError(f"{directory} holds {factors.kind} factors, method '{self.method.name}' needs {self.method.factors}")
+        expected = {layer.name: [layer.d_out, layer.columns] for layer in self.selection.layers}
+        found = {name: list(layer.corrected.shape) for name, layer in factors.layers.items()}
+        if expected != found:
+            odd = next(name for name in [*expected, *found] if expected.get(name) != found.get(name))
+            raise ArtifactError(
+                f"{directory} was fitted on other layers: '{odd}' is {found.get(odd, 'absent')} there and "
+                f"{expected.get(odd, 'not selected')} here; fit again or pass the same modules="
+            )
+        if factors.meta.get("model") not in (None, self._model_fingerprint()):
+            raise ArtifactError(f"{directory} was fitted on another model (its weights differ); fit again for this one")
+        self._run.groups.of_layer = {name: layer.group for name, layer in factors.layers.items()}
+        self.factors = factors
+        return self
+
+    # -- scores --------------------------------------------------------------------------------------------------------
+
+    def score(
+        self,
+        queries: Any,
+        train: Any,
+        batch_size: int | None = None,
+        granularity: str = "sequence",
+        per_module: bool = False,
+        topk: int | None = None,
+        dampings: Sequence[float] | None = None,
+    ) -> Any:
+        """Influence of every training example on every query.
+
+        Args:
+            granularity: ``"sequence"`` → ``[Q, N]``; ``"token"`` → ``[Q, N, T]``, the share of each training position.
+            per_module: ``{layer: …}`` instead of the sum over layers.
+            topk: keep only the ``k`` largest of each query; ``[Q, N]`` is then never held.
+            dampings: several values from the one fit; the result is then ``{damping: Scores}``.
+
+        Returns:
+            :class:`pyinf.Scores`, or a dict of them.
+
+        Raises:
+            ConfigError: not fitted yet, or a combination without meaning.
+            DataError, ResourceError: before any work.
+        """
+        if self.method.kind == "tokens":
+            return self._score_tokens(queries, train, topk)
+        values = list(dampings) if dampings is not None else [self.damping]
+        if not values:
+            raise ConfigError("dampings is empty; give at least one value")
+        for value in values:
+            check_damping(value, self.damping_mode)
+        request = ScoreRequest(granularity, per_module, topk, values, self.damping_mode, self.query_rank)
+        check_request(request, self.method)
+        if self.method.factors is not None and self.factors is None:
+            raise ConfigError(f"method '{self.method.name}' needs factors; call fit(train) first, or load_factors(directory)")
+        train_data, query_data = self._prepare(train, "train"), self._prepare(queries, "queries")
+        if self.method.factors is None:  # no curvature, no damping
+            request.dampings = values[:1]
+        plan = self._make_plan(train_data, query_data, batch_size, len(request.dampings))
+        home = self._score_home(query_data, train_data, request, plan)
+        with self._backend():
+            result, facts = self._run.score(
+                query_data, train_data, self.factors, request, plan, home, float(self.options["checkpoint_seconds"])
+            )
+        if home is not None and not any(p.name != "run.json" for p in home.iterdir()):
+            for path in home.iterdir():
+                path.unlink()
+            home.rmdir()
+        return self._wrap(result, facts, request, dampings, query_data, train_data, plan)
+
+    def _wrap(
+        self,
+        result: Any,
+        facts: dict[str, Any],
+        request: ScoreRequest,
+        asked: Sequence[float] | None,
+        queries: PreparedExamples,
+        train: PreparedExamples,
+        plan: Plan,
+    ) -> Any:
+        out = {}
+        for number, damping in enumerate(request.dampings):
+            rows = slice(number * len(queries), (number + 1) * len(queries))
+            own = dict(facts)
+            if "captured_energy" in facts and len(request.dampings) > 1:
+                own.pop("captured_energy")
+            meta = self._meta(own, damping, queries, train, plan)
+            if request.topk is not None:
+                out[damping] = Scores(None, None, meta, (result[0][rows], result[1][rows]))
+            elif request.per_module:
+                out[damping] = Scores({name: values[rows] for name, values in result.items()}, None, meta)
+            else:
+                out[damping] = Scores(result[rows], None, meta)
+        if asked is None:
+            return next(iter(out.values()))
+        if self.method.factors is None:  # no curvature, no damping: the same scores under every name
+            only = next(iter(out.values()))
+            return dict.fromkeys(asked, only)
+        return out
+
+    def _meta(
+        self, facts: dict[str, Any], damping: float, queries: PreparedExamples, train: PreparedExamples, plan: Plan
+    ) -> dict[str, Any]:
+        return {
+            "method": self.method.name,
+            "damping": damping if self.method.factors else None,
+            "damping_mode": self.damping_mode if self.method.factors else None,
+            "fisher": self.fisher if self.method.factors else None,
+            "query_rank": self.query_rank,
+            "modules": self.selection.names,
+            "queries": len(queries),
+            "train": len(train),
+            "train_tokens": sum(train.counted),
+            "timings": {k: round(v, 4) for k, v in self.timings.items()},
+            "plan": plan.to_dict(),
+            "seed": self.seed,
+            "versions": {"pyinf": __version__, "torch": torch.__version__},
+            **facts,
+        }
+
+    def _score_tokens(self, queries: Any, train: Any, topk: int | None) -> Scores:
+        values = bm25_scores(queries, train, query_texts=_texts(queries), train_texts=_texts(train))
+        meta = {"method": self.method.name, "queries": len(queries), "train": len(train), "timings": {}}
+        scores = Scores(values.float(), None, meta)
+        if topk is not None:
+            scores = Scores(None, None, meta, scores.topk(topk))
+        return scores
+
+    def self_score(self, train: Any, batch_size: int | None = None) -> Tensor:
+        """Self-influence ``⟨H⁻¹G_i, G_i⟩`` of every training example: float32 ``[N]``, never negative.
+
+        Raises:
+            ConfigError: the method has no gradients, or was not fitted.
+        """
+        if self.method.kind != "gradient":
+            raise ConfigError(f"method '{self.method.name}' has no self-influence; use a gradient method")
+        if self.method.factors is not None and self.factors is None:
+            raise ConfigError(f"method '{self.method.name}' needs factors; call fit(train) first")
+        data = self._prepare(train, "train")
+        plan = self._make_plan(data, None, batch_size)
+        dampings = self.factors.dampings(self.damping, self.damping_mode) if self.factors is not None else {}
+        with self._backend():
+            return self._run.self_score(data, self.factors, dampings, plan)
+
+    # -- helpers -------------------------------------------------------------------------------------------------------
+
+    def _placed(self) -> None:
+        if self.device is not None or self.dtype is not None:
+            try:
+                self.model.to(device=self.device, dtype=self.dtype)
+            except (RuntimeError, AssertionError) as error:
+                raise ConfigError(f"cannot move the model to device={self.device}, dtype={self.dtype}: {error}") from None
+
+    def _backend(self) -> Any:
+        return ops.use_backend(self.backend) if self.backend is not None else contextlib.nullcontext()
+
+    def _prepare(self, examples: Any, name: str) -> PreparedExamples:
+        held = self._prepared.get(id(examples))
+        if held is not None and held[0] is examples and len(held[1]) == len(examples):
+            return held[1]
+        data = prepare(examples, name, self.model)
+        if name == "train":
+            self._run.release()
+        self._prepared = {k: v for k, v in self._prepared.items() if v[1].name != name}
+        self._prepared[id(examples)] = (examples, data)
+        return data
+
+    def _model_fingerprint(self) -> str:
+        return artifacts.fingerprint_model(self.model)
+
+    def _data_fingerprint(self, data: PreparedExamples) -> str:
+        rows = [{"input_ids": i.tolist(), "labels": lb.tolist()} for i, lb in zip(data.input_ids, data.labels, strict=True)]
+        return artifacts.fingerprint_examples(rows)
+
+    def _fit_identity(self, data: PreparedExamples, plan: Plan) -> dict[str, Any]:
+        return {
+            "what": "pyinf fit",
+            "method": self.method.factors,
+            "model": self._model_fingerprint(),
+            "data": self._data_fingerprint(data),
+            "layers": self.selection.names,
+            "fisher": self.fisher,
+            "seed": self.seed,
+            "eigensolver": self.options["eigensolver"],
+            "task": self.task.fingerprint(),
+            "batch_size": plan.batch_size,
+            "token_budget": plan.token_budget,
+        }
+
+    def _score_home(
+        self, queries: PreparedExamples, train: PreparedExamples, request: ScoreRequest, plan: Plan
+    ) -> Path | None:
+        if self.run_dir is None or request.granularity == "token" or request.topk is not None:
+            return None
+        identity = {
+            "what": "pyinf score",
+            "method": self.method.name,
+            "model": self._model_fingerprint(),
+            "train": self._data_fingerprint(train),
+            "queries": self._data_fingerprint(queries),
+            "layers": self.selection.names,
+            "request": str(request),
+            "batches": [plan.batch_size, plan.token_budget, plan.query_block],
+            "factors": None if self.factors is None else self.factors.meta,
+        }
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        home = self.run_dir / "unfinished" / digest
+        artifacts.claim_directory(home, identity)
+        return home
+
+
+def _texts(examples: Any) -> list[str] | None:
+    text = getattr(examples, "text", None)
+    return [text(i) for i in range(len(examples))] if callable(text) else None
+
+
+def attribute(
+    model: nn.Module,
+    train: Any,
+    queries: Any,
+    method: str = "ekfac",
+    task: Task | None = None,
+    modules: Modules = None,
+    damping: float = 0.1,
+    damping_mode: str = "relative",
+    fisher: str = "sampled",
+    batch_size: int | None = None,
+    seed: int = 0,
+    **method_options: Any,
+) -> Scores:
+    """Fit and score in one call; see :class:`Attributor`. What the layers see is captured once where the plan allows it.
+
+    Returns:
+        :class:`pyinf.Scores` with ``values`` ``[Q, N]``; positive = a proponent.
+    """
+    attributor = Attributor(
+        model, method, task, modules, damping, damping_mode, fisher, seed=seed, **method_options
+    )  # fmt: skip
+    return attributor.run(train, queries, batch_size)

@@ -1,0 +1,104 @@
+"""Named recipes. ``pyinf.methods()`` lists them; each composes the layers below and holds no mathematics of its own."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import types
+from dataclasses import dataclass
+
+from pyinf.errors import ConfigError
+
+__all__ = ["METHODS", "Method", "get"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method is and needs.
+
+    ``factors`` names the curvature it fits (None: none), ``normalise`` divides by both gradient norms, ``kind`` says
+    whether it works on gradients or on the tokens themselves.
+    """
+
+    name: str
+    summary: str
+    source: str
+    needs: str
+    factors: str | None = None
+    normalise: bool = False
+    kind: str = "gradient"
+
+    def __str__(self) -> str:
+        return f"{self.summary} ({self.source}); needs {self.needs}"
+
+
+METHODS: dict[str, Method] = {
+    m.name: m
+    for m in (
+        Method(
+            "ekfac",
+            "influence with the eigenvalue-corrected Kronecker-factored curvature, uncompressed",
+            "Grosse et al. 2023, arXiv 2308.03296",
+            "two passes to fit, one to score",
+            factors="ekfac",
+        ),
+        Method(
+            "kfac",
+            "influence with the Kronecker-factored curvature, uncompressed",
+            "Martens & Grosse 2015, arXiv 1503.05671",
+            "one pass to fit, one to score",
+            factors="kfac",
+        ),
+        Method(
+            "diagonal",
+            "influence with the diagonal of the Fisher matrix",
+            "Kirkpatrick et al. 2017, arXiv 1612.00796",
+            "one pass to fit, one to score",
+            factors="diagonal",
+        ),
+        Method(
+            "grad_dot",
+            "dot product of gradients: influence with the identity for curvature",
+            "Pruthi et al. 2020 (TracIn, last checkpoint), arXiv 2002.08484",
+            "one pass to score",
+        ),
+        Method(
+            "grad_cos",
+            "cosine of gradients, in [−1, 1]",
+            "Barshan et al. 2020, arXiv 2003.11630",
+            "one pass to score",
+            normalise=True,
+        ),
+        Method(
+            "bm25",
+            "lexical overlap of the texts (Okapi BM25); uses no model",
+            "Robertson & Zaragoza 2009",
+            "the texts or token ids",
+            kind="tokens",
+        ),
+    )
+}
+
+
+def get(name: str) -> Method:
+    """The method called ``name``.
+
+    Raises:
+        ConfigError: unknown; the nearest names are shown.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    near = difflib.get_close_matches(str(name), METHODS, n=2, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ConfigError(f"unknown method '{name}'; {hint}available: {', '.join(METHODS)}")
+
+
+class _Callable(types.ModuleType):
+    """Lets ``pyinf.methods()`` be the public listing although ``pyinf.methods`` is a package."""
+
+    def __call__(self) -> dict[str, str]:
+        """Name → one-line summary, source and what the method needs."""
+        return {name: str(method) for name, method in METHODS.items()}
+
+
+sys.modules[__name__].__class__ = _Callable

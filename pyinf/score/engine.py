@@ -1,0 +1,169 @@
+"""Training-set passes that end in scores: pairwise, per token, per module, self-influence; dense matrix or top k."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pyinf import ops
+from pyinf.capture import Layer
+from pyinf.curvature.factors import Factors
+from pyinf.curvature.rotate import input_rows, rotated_gradients, working
+from pyinf.errors import ModelError, NonFiniteError
+from pyinf.score.queries import QueryBlock
+
+__all__ = ["DenseSink", "ScoreConsumer", "ScoreSink", "SelfScoreConsumer", "TokenSink", "TopKSink", "segment_sum"]
+
+
+def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    """Sums of the rows of each sequence: ``[N, d]`` → ``[B, d]``."""
+    counts = (offsets[1:] - offsets[:-1]).to(values.device)
+    index = torch.repeat_interleave(torch.arange(counts.numel(), device=values.device), counts)
+    return values.new_zeros(counts.numel(), values.shape[1]).index_add_(0, index, values)
+
+
+class ScoreSink(Protocol):
+    """Takes the finished scores of some queries (``rows``) on one batch of examples (``indices``)."""
+
+    def put(self, rows: list[int], indices: list[int], scores: Tensor, offsets: Tensor | None = None) -> None: ...
+
+
+class DenseSink:
+    """``[Q, N]`` on the CPU; float32, or float64 for a float64 model."""
+
+    def __init__(self, queries: int, train: int, dtype: torch.dtype = torch.float32) -> None:
+        self.values = torch.zeros(queries, train, dtype=dtype)
+
+    def put(self, rows: list[int], indices: list[int], scores: Tensor, offsets: Tensor | None = None) -> None:
+        """Scores ``[R, B]`` of queries ``rows`` and examples ``indices``."""
+        block = scores.to(device="cpu", dtype=self.values.dtype)
+        self.values[torch.tensor(rows).unsqueeze(1), torch.tensor(indices)] = block
+
+
+class TokenSink:
+    """``[Q, N, T]``; a batch's scores come packed over its counted positions and are put where those stand."""
+
+    def __init__(
+        self, queries: int, train: int, tokens: int, positions: Callable[[int], Tensor], dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.values = torch.zeros(queries, train, tokens, dtype=dtype)
+        self.positions = positions
+
+    def put(self, rows: list[int], indices: list[int], scores: Tensor, offsets: Tensor | None = None) -> None:
+        """Scores ``[R, N]`` of queries ``rows``, packed by ``offsets`` over examples ``indices``."""
+        assert offsets is not None
+        block, query = scores.to(device="cpu", dtype=self.values.dtype), torch.tensor(rows).unsqueeze(1)
+        for b, index in enumerate(indices):
+            part = block[:, int(offsets[b]) : int(offsets[b + 1])]
+            self.values[query, index, self.positions(index).unsqueeze(0)] = part
+
+
+class TopKSink:
+    """The ``k`` largest scores of each query; memory ``[Q, k + B]``. Ties go to the smaller index."""
+
+    def __init__(self, queries: int, k: int, dtype: torch.dtype = torch.float32) -> None:
+        self.values = torch.full((queries, k), float("-inf"), dtype=dtype)
+        self.indices = torch.full((queries, k), torch.iinfo(torch.int64).max, dtype=torch.int64)
+
+    def put(self, rows: list[int], indices: list[int], scores: Tensor, offsets: Tensor | None = None) -> None:
+        """Scores ``[R, B]`` of queries ``rows`` and examples ``indices``."""
+        k = self.values.shape[1]
+        new = torch.tensor(indices, dtype=torch.int64).expand(len(rows), -1)
+        values = torch.cat([self.values[rows], scores.to(device="cpu", dtype=self.values.dtype)], dim=1)
+        ids = torch.cat([self.indices[rows], new], dim=1)
+        by_index = ids.argsort(dim=1, stable=True)
+        values, ids = values.gather(1, by_index), ids.gather(1, by_index)
+        order = values.argsort(dim=1, descending=True, stable=True)[:, :k]
+        self.values[rows], self.indices[rows] = values.gather(1, order), ids.gather(1, order)
+
+
+class ScoreConsumer:
+    """Consumer that adds every layer of one batch into one buffer: ``[Q, B]``, ``[Q, N]`` per token, or one per layer."""
+
+    def __init__(self, block: QueryBlock, per_token: bool, per_module: bool, want_norms: bool) -> None:
+        self.block, self.per_token, self.per_module, self.want_norms = block, per_token, per_module, want_norms
+        self.scores: Tensor | None = None
+        self.by_module: dict[str, Tensor] = {}
+        self.norms: Tensor | None = None
+        self.offsets: Tensor | None = None
+
+    def start_batch(self) -> ScoreConsumer:
+        """Forget the last batch."""
+        self.scores, self.by_module, self.norms, self.offsets = None, {}, None, None
+        return self
+
+    def _buffer(self, layer: Layer, g: Tensor, offsets: Tensor) -> Tensor:
+        columns = g.shape[0] if self.per_token else offsets.numel() - 1
+        dtype = torch.float64 if g.dtype == torch.float64 else torch.float32
+        if self.per_module:
+            return self.by_module.setdefault(
+                layer.name, torch.zeros(self.block.count, columns, dtype=dtype, device=g.device)
+            )
+        if self.scores is None:
+            self.scores = torch.zeros(self.block.count, columns, dtype=dtype, device=g.device)
+        return self.scores
+
+    def consume(self, layer: Layer, group: str, first: bool, a: Tensor, g: Tensor, offsets: Tensor) -> None:
+        a, g = working(a), working(g)
+        scores = self._buffer(layer, g, offsets)
+        if self.per_token:
+            if self.offsets is None:
+                self.offsets = offsets
+            elif not torch.equal(self.offsets, offsets):
+                raise ModelError(
+                    f"layer '{layer.name}' sees other positions than the first traced layer, so its scores have no tokens "
+                    "to stand at; leave it out with modules= or use granularity='sequence'"
+                )
+        if layer.name in self.block.dense:
+            V = self.block.dense[layer.name]
+            ops.dense_scores(g, a, V, offsets=offsets, out=scores, per_token=self.per_token)
+            if layer.bias:
+                scores.addmm_(self.block.bias[layer.name], (g if self.per_token else segment_sum(g, offsets)).T)
+        else:
+            L, R = self.block.left[layer.name], self.block.right[layer.name]
+            ops.low_rank_scores(g, input_rows(a, layer.bias), L, R, offsets=offsets, out=scores, per_token=self.per_token)
+        if self.want_norms:
+            squared = ops.gradient_norm(g, input_rows(a, layer.bias), offsets).double().square()
+            self.norms = squared if self.norms is None else self.norms + squared
+
+
+class SelfScoreConsumer:
+    """Consumer: ``Σ_layers Σ_ij (U_Sᵀ G_b U_A)²_ij / (Λ_ij + λ)`` per sequence; ``‖G_b‖²`` without factors."""
+
+    def __init__(self, factors: Factors | None, dampings: dict[str, float]) -> None:
+        self.factors, self.dampings = factors, dampings
+        self.scores: Tensor | None = None
+        self._inverse: dict[str, Tensor] = {}
+
+    def start_batch(self) -> SelfScoreConsumer:
+        self.scores = None
+        return self
+
+    def consume(self, layer: Layer, group: str, first: bool, a: Tensor, g: Tensor, offsets: Tensor) -> None:
+        if self.factors is None:
+            values = ops.gradient_norm(working(g), input_rows(a, layer.bias), offsets).double().square()
+        else:
+            factor = self.factors.layers[layer.name]
+            basis = self.factors.inputs[factor.group].basis
+            inverse = self._inverse.get(layer.name)
+            if inverse is None:
+                inverse = self._inverse[layer.name] = (factor.corrected + self.dampings[layer.name]).reciprocal_()
+            parts = [
+                torch.dot((G * inverse).reshape(-1), G.reshape(-1))
+                for G in rotated_gradients(g, a, offsets, factor.basis, basis, layer.bias)
+            ]
+            values = torch.stack(parts).double()
+        self.scores = values if self.scores is None else self.scores + values
+
+
+def check_finite(scores: Tensor, indices: list[int]) -> None:
+    """Stop at the first score that is not finite, naming the training example."""
+    if bool(torch.isfinite(scores.sum())):
+        return
+    bad = (~torch.isfinite(scores)).any(dim=0).nonzero()
+    if bad.numel():
+        example = indices[min(int(bad[0]), len(indices) - 1)]
+        raise NonFiniteError(f"the score of training example {example} is not finite; raise the damping or use a wider dtype")
