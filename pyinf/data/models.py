@@ -61,7 +61,7 @@ def load_model(
     """A causal language model from a local folder or a hub name, in eval mode, with an optional PEFT adapter on it.
 
     ``dtype`` None or ``auto`` keeps the checkpoint's own. Raises :class:`ModelError` when the folder holds no model,
-    only pickled weights, damaged or incomplete weights, or the adapter does not fit; it names the folder and the remedy.
+    only pickled weights, damaged or incomplete ones, or the adapter does not fit; it names the folder and the remedy.
     """
     torch_dtype = _resolve_dtype(dtype)
     place = resolve_device(device)
@@ -89,7 +89,7 @@ def load_model(
     missing = sorted(map(str, info.get("missing_keys", ())))
     if missing:
         raise ModelError(
-            f"model {name} lacks {len(missing)} weights in its files ({', '.join(missing[:3])}, …), which would be random; "
+            f"model {name} lacks {len(missing)} weights in its files ({', '.join(missing[:3])}, …); they would be random; "
             f"save the whole model again"
         )
     if adapter is not None:

@@ -125,7 +125,7 @@ def test_hub_names(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(
-        DataError, match="no file or folder 'owner/name', and no dataset.*Couldn't reach.*check the name"
+        DataError, match=r"no file or folder 'owner/name', and no dataset.*Couldn't reach.*check the name"
     ):
         records("owner/name")
 

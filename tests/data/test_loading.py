@@ -154,7 +154,7 @@ def test_chat_templates_that_cannot_serve():
     with pytest.raises(DataError, match=r"needs? a chat template.*--tokenizer"):
         load_examples([{"messages": talk}], make_tokenizer())
     refuses = make_tokenizer(template="{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(DataError, match="row 1: the chat template refuses these messages.*alternate"):
+    with pytest.raises(DataError, match=r"row 1: the chat template refuses these messages.*alternate"):
         load_examples([{"messages": talk}], refuses)
     rewrites = make_tokenizer(template="{{ messages|length }}" + CHATML)
     with pytest.raises(DataError, match=r"rewrites earlier turns.*--prompt-loss"):
@@ -244,7 +244,7 @@ def test_fields_may_be_renamed(tokenizer):
         load_examples(rows, tokenizer)
     data = load_examples(rows, tokenizer, fields={"prompt": "instruction", "response": "output"})
     assert data.text(0) == "a b"
-    with pytest.raises(DataError, match="no field 'outptu'; it has .*did you mean 'output'"):
+    with pytest.raises(DataError, match=r"no field 'outptu'; it has .*did you mean 'output'"):
         load_examples(rows, tokenizer, fields={"prompt": "instruction", "response": "outptu"})
     with pytest.raises(ConfigError, match="unknown field 'promt' to rename; did you mean 'prompt'"):
         load_examples(rows, tokenizer, fields={"promt": "instruction"})

@@ -1,4 +1,4 @@
-"""Models and tokenizers off the disk: safetensors only, and an error with a remedy for every other state of a folder."""
+"""Models and tokenizers off the disk: safetensors only, an error with a remedy otherwise."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_tokenizers(folder, tmp_path):
     make_tokenizer().save_pretrained(folder)
     assert load_tokenizer(folder)("happy")["input_ids"] == make_tokenizer()("happy")["input_ids"]
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(ModelError, match="tokenizer .* damaged"):
+    with pytest.raises(ModelError, match=r"tokenizer .* damaged"):
         load_tokenizer(folder)
 
 
