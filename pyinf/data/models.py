@@ -89,7 +89,7 @@ def load_model(
     missing = sorted(map(str, info.get("missing_keys", ())))
     if missing:
         raise ModelError(
-            f"model {name} lacks {len(missing)} weights in its files ({', '.join(missing[:3])}, …); they would be random; "
+            f"model {name} lacks {len(missing)} weights in its files ({', '.join(missing[:3])}, …), random otherwise; "
             f"save the whole model again"
         )
     if adapter is not None:
