@@ -10,6 +10,7 @@
 #include "pyinf/status.h"
 
 #ifdef PYINF_WITH_CUDA
+#include "pyinf/accumulate_squared_gradients.h"
 #include "pyinf/cuda_info.h"
 #endif
 
@@ -68,7 +69,13 @@ void bind_cpu(py::module_& m) {
 }
 
 #ifdef PYINF_WITH_CUDA
-void bind_cuda(py::module_& m) { def_raw<&pyinf::cuda_device_count>(m, "cuda_device_count"); }
+void bind_cuda(py::module_& m) {
+  def_raw<&pyinf::cuda_device_count>(m, "cuda_device_count");
+  def_raw<&pyinf::launch_accumulate_squared_gradients>(
+      m, "cuda_accumulate_squared_gradients", py::arg("lam"), py::arg("ld_lam"), py::arg("g"), py::arg("ld_g"),
+      py::arg("a"), py::arg("ld_a"), py::arg("offsets"), py::arg("sequences"), py::arg("d_out"), py::arg("d_in"),
+      py::arg("dtype"), py::arg("device"), py::arg("stream"));
+}
 #endif
 
 }  // namespace

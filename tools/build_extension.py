@@ -74,6 +74,8 @@ def parse_arch_list(text: str | None) -> tuple[list[str], list[str]]:
                 f"TORCH_CUDA_ARCH_LIST: {item!r} is not an architecture; write it as 8.0, 9.0a or 8.9+PTX, "
                 "separated by semicolons"
             )
+        if int(match[1]) < 8:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST: {item}: the kernels of pyinf need 8.0 (Ampere) or newer")
         arch = match[1] + match[2] + match[3]
         if arch not in machine:
             machine.append(arch)
