@@ -28,4 +28,4 @@ __all__ = [
     "set_backend",
 ]
 
-#from pyinf.doctor import doctor
+from pyinf.doctor import doctor
