@@ -128,8 +128,8 @@ class QueryConsumer:
         inputs = input_rows(a, layer.bias)
         for number, damping in enumerate(self.dampings):
             L, R, energy = ops.precondition_low_rank(
-                working(g), inputs, offsets, factor.basis, shared.basis, factor.corrected, damping[layer.name],
-                self.rank, power_iterations=2, seed=self.seed,
+                working(g), inputs, factor.basis, shared.basis, factor.corrected, damping[layer.name],
+                self.rank, offsets=offsets, power_iterations=2, seed=self.seed,
             )  # fmt: skip
             target = [number * self._queries + row for row in rows]
             self._store(self.block.left, layer.name, target, L)
