@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from pyinf import progress
 from pyinf.data.chat import Spans, render_messages
 from pyinf.data.examples import IGNORE, Examples
 from pyinf.data.formats import Row, plain_record, read_rows
@@ -136,7 +137,8 @@ def load_examples(
     longest = max_length if max_length is not None else positions
     cut = truncate or max_length is not None
     rules = _Rules(kind, dict(fields or {}), tokenizer, prompt_loss, separator, add_eos, vocabulary, longest, cut)
-    return _collect(itertools.chain([first], rows), rules, called, skip_empty)
+    with progress.stage(f"read {Path(called).name}", None, "rows") as stage:
+        return _collect(itertools.chain([first], rows), rules, called, skip_empty, stage)
 
 
 def _memory_rows(source: Any, called: str) -> Iterator[Row]:
@@ -189,7 +191,7 @@ def _missing(called: str, place: str, record: Mapping[str, Any], name: str) -> D
     return DataError(f"{called}, {place}: no field {name!r}; it has {_found(record)}{hint} (rename with --field)")
 
 
-def _collect(rows: Iterator[Row], rules: _Rules, called: str, skip_empty: bool) -> Examples:
+def _collect(rows: Iterator[Row], rules: _Rules, called: str, skip_empty: bool, stage: progress.Stage) -> Examples:
     ids: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     masks: list[np.ndarray] = []
@@ -223,6 +225,7 @@ def _collect(rows: Iterator[Row], rules: _Rules, called: str, skip_empty: bool) 
             )
             drop = {rules.field(key) for key in ("input_ids", "labels", "attention_mask")}
             records.append({k: v for k, v in record.items() if k not in drop} if rules.kind == "input_ids" else record)
+        stage.advance(len(chunk))
     if not records:
         raise DataError(f"{called} is empty: all of its {empty} rows are without a token; give at least one example")
     offsets = np.zeros(len(ids) + 1, np.int64)
