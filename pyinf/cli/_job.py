@@ -194,12 +194,16 @@ class Job:
         return side, index, score, label, self.train.text(index)
 
     def _report(self, scores: Scores, k: int) -> Path:
+        assert self.queries is not None
         from pyinf import report
 
         with progress.stage("report", 1, "pages") as stage:
             if self.attributor.method.factors is not None and self.attributor.factors is None:
                 self.attributor.fit(self.train, self.batch_size)  # finished before: they are read, not fitted
-            data = report.collect(self.attributor, scores, self.queries, self.train, k=k)
+            facts = [("model folder", str(self.options["model"]))]
+            facts += [("adapter", str(self.options["adapter"]))] if "adapter" in self.options else []
+            facts += [("training data", self.train.name), ("queries", self.queries.name)]
+            data = report.collect(self.attributor, scores, self.queries, self.train, k=k, bottom=k, facts=facts)
             data.save(self.out / "report.json")
             page = self.out / "report.html"
             report.write_html(data, page)

@@ -113,5 +113,5 @@ def score(
         if scores is None:
             kind = {"granularity": granularity, "per_module": per_module, "topk": topk if only_top else None}
             scores = job.attributor.score(job.queries, job.train, job.batch_size, **kind)
-        job.save(scores, report and not only_top and not per_module and granularity == "sequence")
+        job.save(scores, report)
     job.show(scores)
