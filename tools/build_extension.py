@@ -2,6 +2,8 @@
 
 Nothing here imports torch. Device code is compiled file by file with nvcc and linked against the static CUDA runtime,
 so the extension needs neither libcudart nor a driver to be imported.
+
+    python tools/build_extension.py     brings the extension of this checkout up to date, for an editable install
 """
 
 from __future__ import annotations
@@ -442,3 +444,10 @@ class SourceDistribution(sdist):
         """Copies the files and adds GIT_HASH."""
         super().make_release_tree(base_dir, files)
         Path(base_dir, HASH_FILE).write_text(git_hash() + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        build(ROOT / "pyinf" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}")
+    except BuildError as error:
+        raise SystemExit(f"pyinf: {error}") from None
