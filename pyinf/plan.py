@@ -105,6 +105,7 @@ class Plan:
     cache_disk: int = 0
     capture_bytes: int = 0
     disk_bytes: int = 0
+    score_rotated: bool = False
     flops: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
@@ -244,6 +245,7 @@ def make_plan(
     plan.fit_passes = 0 if fitted else {"ekfac": 2, "kfac": 1, "diagonal": 1, None: 0}[factors]
     plan.capture_bytes = tokens * element_size * (widths_in + widths_out)
     _choose_cache(plan, cache, fisher, keep_for_scores, budget - sum(memory.values()) - _FIXED_OVERHEAD, disk_free)
+    _choose_basis(plan, sizes, squares, factors, query_rank, dampings, fisher == "empirical" and keep_for_scores)
     if to_disk:
         plan.disk_bytes = 2 * memory.get("factors", 0) + 4 * queries * len(train_lengths) + plan.cache_disk
         if disk_free is not None and plan.disk_bytes > disk_free:
@@ -275,6 +277,24 @@ def _choose_cache(plan: Plan, cache: str, fisher: str, keep: bool, room: int, di
         )
     else:
         plan.notes.append(f"what the layers see ({_bytes(plan.capture_bytes)}) does not fit; the model runs again for every stage")
+
+
+def _choose_basis(
+    plan: Plan, sizes: list[tuple[int, int]], squares: int, factors: str | None, rank: Any, dampings: int, reuse: bool
+) -> None:
+    """Rotate the queries back, or meet the training set in the eigenbases: whichever has fewer FLOPs.
+
+    Back: ``2·d_out·d_in(d_out + d_in)`` a query and layer. There: ``2(d_in² + d_out²)`` a training token and layer, nothing
+    for tokens that the Λ pass left rotated in the cache.
+    """
+    if factors not in ("ekfac", "kfac") or rank is not None or not plan.queries:
+        return
+    kept = min(1.0, plan.cache_memory / max(1, plan.capture_bytes)) if reuse and factors == "ekfac" else 0.0
+    back = 2.0 * plan.queries * max(1, dampings) * sum(o * i * (o + i) for o, i in sizes)
+    there = 2.0 * (1.0 - kept) * plan.train_tokens * plan.score_passes * squares
+    plan.score_rotated = there < back
+    if plan.score_rotated:
+        plan.notes.append("scores are formed in the eigenbases: rotating the training side costs less than rotating the queries back")
 
 
 def _estimate_time(

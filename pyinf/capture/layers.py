@@ -140,13 +140,20 @@ def select_layers(model: nn.Module, modules: Modules = None) -> LayerSelection:
 
 
 def _default_selection(model: nn.Module, supported: dict[str, nn.Module]) -> list[str]:
-    adapters = [name for name in supported if _ADAPTER.search(name)]
+    adapters = [name for name in supported if _ADAPTER.search(name) and _active(model, name)]
     if adapters:
         return adapters
     heads = _head_modules(model)
     inside = [name for name, module in supported.items() if id(module) not in heads]
     blocks = [name for name in inside if _BLOCK_INDEX.search(name) and _in_module_list(model, name)]
     return blocks or inside
+
+
+def _active(model: nn.Module, name: str) -> bool:
+    """Whether an adapter ``….lora_A.<adapter>`` is one that the forward applies."""
+    owner, _, adapter = name.rpartition(".")
+    active = getattr(model.get_submodule(owner.rpartition(".")[0]), "active_adapters", None)
+    return not isinstance(active, (list, tuple)) or adapter in active
 
 
 def _in_module_list(model: nn.Module, name: str) -> bool:

@@ -6,9 +6,10 @@ layers, so nothing below them is differentiated. Everything of the user's model 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +22,23 @@ from pyinf.tasks import Task
 __all__ = ["CapturedBatch", "Consumer", "InputGroups", "Recorder", "TracingSession"]
 
 
-class Consumer(Protocol):
+class Consumer:
     """What is done with a layer's captured factors, as they appear during the backward.
 
     ``a`` ``[N, d_in]`` and ``g`` ``[N, d_out]`` hold counted positions, sequence after sequence; ``offsets`` ``[B+1]``.
-    ``group`` names the input that layers share; ``first`` is true for the first layer of the group in this batch.
+    ``group`` names the input that layers share; ``first`` is true for the first layer of the group in this batch. ``rotated``
+    says that the factors come in the layers' eigenbases, which only a replay of what :meth:`take_rotated` gave can.
     """
 
-    def consume(self, layer: Layer, group: str, first: bool, a: Tensor, g: Tensor, offsets: Tensor) -> None: ...
+    rotated = False
+
+    def consume(self, layer: Layer, group: str, first: bool, a: Tensor, g: Tensor, offsets: Tensor) -> None:
+        """Take one layer of one batch."""
+        raise NotImplementedError
+
+    def take_rotated(self) -> CapturedBatch | None:
+        """The batch just consumed in the layers' eigenbases, if this consumer made it and it is wanted later."""
+        return None
 
 
 @dataclass
@@ -87,15 +97,20 @@ class TracingSession:
         self._seen_groups: dict[str, int] = {}
         self._delivered: set[str] = set()
         self._sums: dict[str, Tensor] = {}
+        self._input_sums: dict[str, Tensor] = {}
         self._in_backward = False
         self._skipped_without_grad = False
         self._grad_from_embedding = False
         self._failure: Exception | None = None
+        self._stance: Any = None
 
     def __enter__(self) -> TracingSession:
         self._saved_requires = [(p, p.requires_grad) for p in self.model.parameters()]
         self._saved_training = [(m, m.training) for m in self.model.modules()]
         try:
+            # Hooks that hand tensors out do not belong in a compiled graph.
+            self._stance = torch.compiler.set_stance("force_eager")
+            self._stance.__enter__()
             for parameter, _ in self._saved_requires:
                 parameter.requires_grad_(False)
             self.model.eval()
@@ -120,17 +135,19 @@ class TracingSession:
         for parameter, requires in self._saved_requires:
             parameter.requires_grad_(requires)
         self._saved_requires, self._saved_training = [], []
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
         self._calls.clear()
         self._pending.clear()
 
     def _embedding(self) -> nn.Module | None:
         getter = getattr(self.model, "get_input_embeddings", None)
-        if not callable(getter):
-            return None
-        try:
-            return getter()
-        except (NotImplementedError, AttributeError):
-            return None
+        found = None
+        if callable(getter):
+            with contextlib.suppress(NotImplementedError, AttributeError):
+                found = getter()
+        return found if found is not None else next((m for m in self.model.modules() if isinstance(m, nn.Embedding)), None)
 
     def _embedding_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         # Reentrant checkpointing needs an input that carries grad; otherwise the graph starts later and costs less.
@@ -204,14 +221,18 @@ class TracingSession:
             )
         self._delivered.add(group)
         # One read of g: any NaN or infinity survives a sum. Judged once a batch, so that a GPU is not stopped per layer.
-        self._sums[layer.name] = g.sum(dtype=torch.float64 if g.dtype == torch.float64 else torch.float32)
+        wide = torch.float64 if g.dtype == torch.float64 else torch.float32
+        self._sums[layer.name] = g.sum(dtype=wide)
+        if first:
+            self._input_sums[layer.name] = a.sum(dtype=wide)
         self._consumer.consume(layer, group, first, a, g, offsets)
 
     # -- layout --------------------------------------------------------------------------------------------------------
 
     def _pack(self, layer: Layer, inputs: list[Tensor], grads: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Counted rows of every call, grouped by sequence."""
-        packed = [self._pack_call(layer, a, g) for a, g in zip(inputs, grads, strict=True)]
+        several = len(inputs) > 1
+        packed = [self._pack_call(layer, a, g, several) for a, g in zip(inputs, grads, strict=True)]
         if len(packed) == 1:
             return packed[0]
         total = sum((p[2] for p in packed[1:]), packed[0][2].clone())
@@ -222,14 +243,22 @@ class TracingSession:
                 parts_g.append(g[offsets[b] : offsets[b + 1]])
         return torch.cat(parts_a), torch.cat(parts_g), total
 
-    def _pack_call(self, layer: Layer, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _pack_call(self, layer: Layer, a: Tensor, g: Tensor, several: bool) -> tuple[Tensor, Tensor, Tensor]:
         batch = self._batch
         assert batch is not None
         size, longest = batch.shape
         flat_a, flat_g = a.reshape(-1, layer.d_in), g.reshape(-1, layer.d_out)
+        if a.dim() >= 3 and a.shape[0] != size and a.shape[1] == size and flat_a.shape[0] == size * longest:
+            raise ModelError(
+                f"layer '{layer.name}' reads inputs of shape {tuple(a.shape)}, positions before sequences; only batch-first layers "
+                "can be traced: leave it out with modules="
+            )
         if flat_a.shape[0] == size * longest:
             if batch.rows is None:
                 return flat_a, flat_g, batch.offsets
+            if several and bool(flat_g.abs().sum(dim=1).index_fill(0, batch.rows, 0).any()):
+                # A second forward over other sequences (a margin between two continuations) has a mask of its own.
+                return flat_a, flat_g, torch.arange(size + 1, dtype=torch.int64) * longest
             return flat_a.index_select(0, batch.rows), flat_g.index_select(0, batch.rows), batch.offsets
         if a.dim() >= 2 and a.shape[0] == size and flat_a.shape[0] % size == 0:
             # One row a sequence (a pooler or classifier), or a second forward of another length: every row counts, and
@@ -257,14 +286,14 @@ class TracingSession:
         """
         self._start(batch, consumer)
         try:
-            with torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad():
                 value = self._loss(batch, loss)
-                if not value.requires_grad:
-                    if not self._skipped_without_grad or self._grad_from_embedding:
-                        raise ModelError("the loss does not depend on any traced layer; check modules= and the task")
+                if self._skipped_without_grad and not self._grad_from_embedding:
                     self._grad_from_embedding = True  # reentrant checkpointing: start the graph at the embedding
                     self._start(batch, consumer)
                     value = self._loss(batch, loss)
+                if not value.requires_grad:
+                    raise ModelError("the loss does not depend on any traced layer; check modules= and the task")
                 self._check_loss(value, batch)
                 if not self.groups.of_layer:
                     self._learn_groups()
@@ -297,6 +326,7 @@ class TracingSession:
         self._seen_groups.clear()
         self._delivered.clear()
         self._sums.clear()
+        self._input_sums.clear()
         self._skipped_without_grad = False
         self._in_backward = False
         self._failure = None
@@ -332,20 +362,24 @@ class TracingSession:
         )
 
     def _check_gradients(self, batch: TokenBatch, loss: str) -> None:
-        names, sums = list(self._sums), list(self._sums.values())
+        sums = [*self._sums.values(), *self._input_sums.values()]
         if not sums or bool(torch.isfinite(torch.stack(sums)).all()):
             return
-        bad = [n for n, s in zip(names, sums, strict=True) if not bool(torch.isfinite(s))]
-        finder = _BadGradientFinder(bad, batch)
-        self._consumer, self._sums = finder, {}
+        inputs = [n for n, s in self._input_sums.items() if not bool(torch.isfinite(s))]
+        grads = [n for n, s in self._sums.items() if not bool(torch.isfinite(s))]
+        # The backward meets the layers last to first: the first bad gradient is the cause, as is the last bad input.
+        finder = _NonFiniteFinder(inputs[-1] if inputs else grads[0], bool(inputs), batch)
         self._start(batch, finder)
         with torch.enable_grad():
             value = self._loss(batch, loss)
             self._in_backward = True
             value.backward()
-        where = f"layer '{finder.layer or bad[0]}'"
+        for layer in self.selection.layers:
+            if self._pending.get(layer.name):
+                self._deliver(layer)
+        what = "input" if inputs else "gradient at the output"
         example = "" if finder.example is None else f" for example {finder.example}"
-        raise NonFiniteError(f"the gradient at the output of {where} is not finite{example}; run the model in a wider dtype")
+        raise NonFiniteError(f"the {what} of layer '{finder.name}' is not finite{example}; run the model in a wider dtype")
 
 
 def _first_bad_row(values: Tensor, batch: TokenBatch) -> int | None:
@@ -359,20 +393,18 @@ def _first_bad_row(values: Tensor, batch: TokenBatch) -> int | None:
     return batch.indices[min(position, size - 1)]
 
 
-class _BadGradientFinder:
-    """Names the first layer of the backward whose gradient is not finite, and the example."""
+class _NonFiniteFinder(Consumer):
+    """Finds the example behind a layer's non-finite input or gradient."""
 
-    def __init__(self, names: list[str], batch: TokenBatch) -> None:
-        self._names, self._batch = set(names), batch
-        self.layer: str | None = None
+    def __init__(self, name: str, in_input: bool, batch: TokenBatch) -> None:
+        self.name, self._in_input, self._batch = name, in_input, batch
         self.example: int | None = None
 
     def consume(self, layer: Layer, group: str, first: bool, a: Tensor, g: Tensor, offsets: Tensor) -> None:
-        if self.layer is not None or layer.name not in self._names:
+        if layer.name != self.name:
             return
-        bad = (~torch.isfinite(g)).any(dim=1).nonzero()
+        bad = (~torch.isfinite(a if self._in_input else g)).any(dim=1).nonzero()
         if bad.numel():
-            self.layer = layer.name
             sequence = int(torch.searchsorted(offsets, int(bad[0]), right=True)) - 1
             self.example = self._batch.indices[sequence]
 
@@ -384,13 +416,14 @@ class CapturedBatch:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     grads: dict[str, Tensor] = field(default_factory=dict)
     offsets: dict[str, Tensor] = field(default_factory=dict)
+    rotated: bool = False  # in the layers' eigenbases (a bias has become a column of the inputs), not as captured
 
     @property
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for part in (self.inputs, self.grads) for t in part.values())
 
 
-class Recorder:
+class Recorder(Consumer):
     """A consumer that keeps everything and passes it on."""
 
     def __init__(self, then: Consumer | None = None) -> None:

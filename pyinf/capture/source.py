@@ -56,6 +56,13 @@ class CaptureCache:
             return True
         return False
 
+    def replace(self, key: tuple[str, int], captured: CapturedBatch) -> None:
+        """Put another form of a batch that is held in memory in its place; one on disk stays as it is."""
+        old = self._memory.get(key)
+        if old is not None:
+            self._memory[key] = captured
+            self.memory_bytes += captured.nbytes - old.nbytes
+
     def load(self, key: tuple[str, int], device: torch.device) -> CapturedBatch:
         """The captured batch."""
         if key in self._memory:
@@ -67,6 +74,10 @@ class CaptureCache:
             value = tensor.clone() if kind == "o" else tensor.to(device, copy=True)
             {"a": out.inputs, "g": out.grads, "o": out.offsets}[kind][layer] = value
         return out
+
+    def holds_rotated(self) -> bool:
+        """Whether any batch is held in the eigenbases."""
+        return any(captured.rotated for captured in self._memory.values())
 
     def drop(self, kind: str) -> None:
         """Forget all batches captured with loss ``kind``."""
@@ -135,8 +146,14 @@ class PassSource:
         key = (loss, number)
         if self.cache is not None and key in self.cache:
             self.replayed += 1
-            self._replay(self.cache.load(key, self.session.device), consumer)
+            captured = self.cache.load(key, self.session.device)
+            consumer.rotated = captured.rotated
+            self._replay(captured, consumer)
+            rotated = consumer.take_rotated()
+            if rotated is not None:
+                self.cache.replace(key, rotated)
             return
+        consumer.rotated = False
         self.model_passes += 1
         batch = self.data.batch(indices, self.session.device)
         if keep and self.cache is not None and self.cache.wants_more():

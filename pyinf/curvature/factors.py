@@ -28,7 +28,7 @@ def check_damping(damping: float, mode: str) -> None:
         raise ConfigError(f"damping is {damping}; it must be a finite number > 0 (0.1 is the usual choice)")
 
 
-def absolute_damping(eigenvalues: Tensor, damping: float, mode: str) -> float:
+def absolute_damping(eigenvalues: Tensor, damping: float, mode: str, name: str = "?") -> float:
     """``λ``: ``damping · mean(Λ)``, or ``damping`` itself.
 
     Raises:
@@ -40,7 +40,8 @@ def absolute_damping(eigenvalues: Tensor, damping: float, mode: str) -> float:
     mean = float(eigenvalues.mean(dtype=torch.float64))
     if not 0 < mean < float("inf"):
         raise NonFiniteError(
-            f"the mean eigenvalue of a layer is {mean}: its gradients vanish or overflow; leave the layer out or use damping_mode='absolute'"
+            f"the mean eigenvalue of layer '{name}' is {mean}: its gradients vanish or overflow; "
+            "leave the layer out (modules=) or use damping_mode='absolute'"
         )
     return damping * mean
 
@@ -116,7 +117,7 @@ class Factors:
             layer = self.layers[name]
             if V.dim() not in (2, 3) or V.shape[-2:] != layer.corrected.shape:
                 raise ConfigError(f"'{name}' takes [Q, {', '.join(map(str, layer.corrected.shape))}], got {tuple(V.shape)}")
-            lam = absolute_damping(layer.corrected, damping, damping_mode)
+            lam = absolute_damping(layer.corrected, damping, damping_mode, name)
             work = V.to(layer.corrected.dtype).reshape(-1, *layer.corrected.shape)
             X = ops.precondition(work, layer.basis, self.inputs[layer.group].basis, layer.corrected, lam)
             out[name] = X.reshape(V.shape).to(V.dtype)
@@ -124,7 +125,7 @@ class Factors:
 
     def dampings(self, damping: float, damping_mode: str) -> dict[str, float]:
         """λ of every layer."""
-        return {name: absolute_damping(layer.corrected, damping, damping_mode) for name, layer in self.layers.items()}
+        return {n: absolute_damping(layer.corrected, damping, damping_mode, n) for n, layer in self.layers.items()}
 
     def to(self, device: torch.device) -> Factors:
         """Move every tensor to ``device`` (in place)."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyinf import ops, progress
-from pyinf.capture import Layer, LayerSelection, PassSource
+from pyinf.capture import CapturedBatch, Consumer, Layer, LayerSelection, PassSource
 from pyinf.checkpoint import Checkpoint
 from pyinf.curvature.eigen import eigenbasis
 from pyinf.curvature.factors import Factors, InputFactor, LayerFactor
@@ -19,7 +19,7 @@ from pyinf.errors import ArtifactError, ModelError, NonFiniteError
 
 __all__ = ["fit_factors"]
 
-class _Covariances:
+class _Covariances(Consumer):
     """Consumer: ``A += Σ a aᵀ`` per distinct input, ``S += Σ g gᵀ`` per layer; lower triangles."""
 
     def __init__(self) -> None:
@@ -53,18 +53,25 @@ def _square(size: int, like: Tensor) -> Tensor:
     return torch.zeros(size, size, dtype=dtype, device=like.device)
 
 
-class _SquaredGradients:
+class _SquaredGradients(Consumer):
     """Consumer: ``Λ += Σ_b (U_Sᵀ G_b U_A)²``; never a per-sequence gradient for the whole batch."""
 
-    def __init__(self, inputs: dict[str, InputFactor], bases: dict[str, Tensor | None]) -> None:
-        self.inputs, self.bases = inputs, bases
+    def __init__(self, inputs: dict[str, InputFactor], bases: dict[str, Tensor | None], keep_rotated: bool) -> None:
+        self.inputs, self.bases, self.keep_rotated = inputs, bases, keep_rotated
+        self._kept: CapturedBatch | None = None
         self.Lam: dict[str, Tensor] = {}
         self.rows: Counter[str] = Counter()
         self._rotated: dict[str, Tensor] = {}
 
     def start_batch(self) -> _SquaredGradients:
         self._rotated.clear()
+        self._kept = CapturedBatch(rotated=True) if self.keep_rotated else None
         return self
+
+    def take_rotated(self) -> CapturedBatch | None:
+        """The batch in the eigenbases, if scores will want it so; None where a layer was rotated after the contraction."""
+        kept, self._kept = self._kept, None
+        return kept
 
     def consume(self, layer: Layer, group: str, first: bool, a: Tensor, g: Tensor, offsets: Tensor) -> None:
         factor = self.inputs.setdefault(group, InputFactor(None, None, 0))
@@ -82,8 +89,13 @@ class _SquaredGradients:
         if both_first:
             if group not in self._rotated:
                 self._rotated[group] = input_rows(a, layer.bias) if U_A is None else rotate_input(a, U_A, layer.bias)
-            ops.accumulate_squared_gradients(Lam, rotate_output(g, U_S), self._rotated[group], offsets)
+            rotated_g = rotate_output(g, U_S)
+            ops.accumulate_squared_gradients(Lam, rotated_g, self._rotated[group], offsets)
+            if self._kept is not None:
+                self._kept.inputs[group] = self._rotated[group]
+                self._kept.grads[layer.name], self._kept.offsets[layer.name] = rotated_g, offsets
             return
+        self._kept = None
         for rotated in rotated_gradients(g, a, offsets, U_S, U_A, layer.bias):
             Lam.addcmul_(rotated, rotated)
 
@@ -100,6 +112,7 @@ def fit_factors(
     eigensolver: str = "auto",
     checkpoint: Checkpoint | None = None,
     keep_captured: bool = False,
+    keep_rotated: bool = False,
     timings: dict[str, float] | None = None,
 ) -> Factors:
     """Fit K-FAC, EK-FAC or diagonal factors from the batches of ``source``.
@@ -111,6 +124,7 @@ def fit_factors(
         sequences: how many sequences the means are over (those without a counted position have zero gradient).
         checkpoint: where an unfinished fit is kept, if anywhere.
         keep_captured: put captured batches in the source's cache for the later passes.
+        keep_rotated: leave them there in the eigenbases, for scores that are formed there.
         timings: seconds by stage are added here.
 
     Raises:
@@ -145,7 +159,7 @@ def fit_factors(
     if kind == "kfac":
         corrected = _kronecker_eigenvalues(selection, source, inputs, spectra, rows, sequences)
     else:
-        squares = _SquaredGradients(inputs, bases)
+        squares = _SquaredGradients(inputs, bases, keep_rotated and kind == "ekfac")
         squares.rows = rows
         if "lambda" in sets:
             squares.Lam = {k: v.to(device) for k, v in sets["lambda"].items()}
@@ -309,5 +323,6 @@ def _assemble(
         layers[layer.name] = LayerFactor(
             group, bases.get(layer.name), spectra.get(layer.name), working(corrected[layer.name]), count, layer.bias
         )
+    inputs = {group: inputs[group] for group in source.session.groups.names}  # one order, also after a resumption
     tokens = max((factor.rows for factor in inputs.values()), default=0)
     return Factors(kind, inputs, layers, sequences, tokens)

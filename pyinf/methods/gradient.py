@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -82,6 +83,9 @@ class GradientRun:
         """Fit the method's factors; with ``state`` the unfinished fit is kept there."""
         assert self.method.factors is not None
         self.release()
+        if state is not None:  # what a killed run captured
+            for stale in state.parent.glob("pyinf-capture-*"):
+                shutil.rmtree(stale, ignore_errors=True)
         self.cache = CaptureCache(plan.cache_memory, plan.cache_disk, None if state is None else str(state.parent))
         checkpoint = Checkpoint(state, interval) if state is not None else None
         with TracingSession(self.model, self.selection, self.task, self.groups) as session:
@@ -95,6 +99,7 @@ class GradientRun:
                 self.eigensolver,
                 checkpoint,
                 keep_captured=uses_again and bool(plan.cache_memory or plan.cache_disk),
+                keep_rotated=keep and plan.score_rotated,
                 timings=self.timings,
             )
         if keep and self.fit_loss == "train":
@@ -116,11 +121,15 @@ class GradientRun:
     ) -> QueryBlock:
         dampings = [factors.dampings(d, request.damping_mode) for d in request.dampings] if factors is not None else [{}]
         block = QueryBlock(len(indices) * len(dampings))
+        if plan.score_rotated or self._holds_rotated():
+            block.factors = factors
         position_of = {index: row for row, index in enumerate(indices)}
         consumer = QueryConsumer(
             block, position_of, factors, dampings, request.query_rank, self.method.normalise, self.seed
         )
-        live = [i for i in indices if queries.label_counts[i] > 0 and queries.counted[i] > 0]
+        needs_label = self.task.measures_labels
+        counted = queries.counted
+        live = [i for i in indices if counted[i] > 0 and (queries.label_counts[i] > 0 or not needs_label)]
         started = time.perf_counter()
         with TracingSession(self.model, self.selection, self.task, self.groups) as session:
             batches = make_batches(queries.lengths, live, plan.batch_size, plan.token_budget)
@@ -128,6 +137,9 @@ class GradientRun:
             source.run(lambda _, batch: consumer.for_batch(batch), "measurement", "query gradients")
         self._add_time("queries", started)
         return block
+
+    def _holds_rotated(self) -> bool:
+        return self.cache is not None and self.cache.holds_rotated()
 
     def _score_dtype(self) -> torch.dtype:
         parameter = next(self.model.parameters())
@@ -156,7 +168,6 @@ class GradientRun:
         count = len(queries) * len(request.dampings)
         sinks = _Sinks(request, count, train, self.selection.names, state, self._score_dtype())
         progress_of = _ScoreProgress(state, interval, sinks, _identity(request, len(queries), len(train)))
-        energies: list[Tensor] = []
         step = max(1, plan.query_block)
         for number, first in enumerate(range(0, len(queries), step)):
             if number < progress_of.block:
@@ -165,15 +176,15 @@ class GradientRun:
             block = self._query_block(queries, indices, factors, request, plan)
             energy = block.captured_energy()
             if energy is not None:
-                energies.append(energy.cpu())
+                progress_of.energies[str(number)] = [round(float(e), 6) for e in energy]
             rows = [d * len(queries) + i for d in range(len(request.dampings)) for i in indices]
             self._score_block(block, rows, train, request, plan, sinks, progress_of, number)
         facts: dict[str, Any] = {}
-        if energies:
-            facts["captured_energy"] = [round(float(e), 6) for e in torch.cat(energies)]
+        if progress_of.energies:
+            facts["captured_energy"] = [e for part in progress_of.energies.values() for e in part]
         unlabelled = len(train) - len(train.scored)
         facts["train_without_labels"] = unlabelled
-        facts["queries_without_labels"] = len(queries) - len(queries.scored)
+        facts["queries_without_labels"] = len(queries) - len(queries.scored) if self.task.measures_labels else 0
         result = sinks.result()
         progress_of.finish()
         return result, facts
@@ -276,14 +287,15 @@ class _Sinks:
             else:
                 self.matrices[name] = DenseSink(count, len(train), dtype)
         self.mapped: dict[str, np.memmap] = {}
+        self.fresh = False
         if state is not None and request.granularity == "sequence" and request.topk is None:
             state.mkdir(parents=True, exist_ok=True)
             for number, (name, sink) in enumerate(self.matrices.items()):
                 path = state / f"scores-{number:04d}.partial"
                 shape = tuple(sink.values.shape)
-                fresh = not path.exists() or path.stat().st_size != dtype.itemsize * shape[0] * shape[1]
+                fresh = self.fresh or not path.exists() or path.stat().st_size != dtype.itemsize * shape[0] * shape[1]
                 mapped = np.memmap(path, dtype=np.float64 if dtype == torch.float64 else np.float32, mode="w+" if fresh else "r+", shape=shape)
-                self.mapped[name] = mapped
+                self.mapped[name], self.fresh = mapped, fresh
                 sink.values = torch.from_numpy(mapped)
 
     @property
@@ -318,21 +330,26 @@ class _ScoreProgress:
 
     def __init__(self, state: Path | None, interval: float, sinks: _Sinks, identity: str) -> None:
         self.block = self.batch = 0
+        self.energies: dict[str, list[float]] = {}
         self.sinks, self.interval, self.identity = sinks, interval, identity
         self.path = state / "progress.json" if state is not None and sinks.resumable else None
         self._last = time.monotonic()
+        if self.path is not None and sinks.fresh:
+            self.path.unlink(missing_ok=True)  # without the scores that it counts it means nothing
         if self.path is not None and self.path.exists():
             found = artifacts.read_json(self.path, "scoring progress")
             if not isinstance(found, dict) or found.get("identity") != identity:
                 raise ArtifactError(f"{self.path} belongs to another scoring run; delete {self.path.parent} or use another directory")
             self.block, self.batch = int(found["block"]), int(found["batch"])
+            self.energies = dict(found["energies"])
 
     def advance(self, block: int, batch: int) -> None:
         """Note a finished batch; written when the interval has gone by."""
         if self.path is None or time.monotonic() - self._last < self.interval:
             return
         self.sinks.flush()
-        artifacts.atomic_write_json(self.path, {"identity": self.identity, "block": block, "batch": batch})
+        found = {"identity": self.identity, "block": block, "batch": batch, "energies": self.energies}
+        artifacts.atomic_write_json(self.path, found)
         self._last = time.monotonic()
 
     def finish(self) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pyinf import ops
-from pyinf.capture import Layer
+from pyinf.capture import Consumer, Layer
 from pyinf.curvature.factors import Factors
-from pyinf.curvature.rotate import input_rows, rotated_gradients, working
+from pyinf.curvature.rotate import input_rows, rotate_input, rotate_output, rotated_gradients, working
 from pyinf.errors import ModelError, NonFiniteError
 from pyinf.score.queries import QueryBlock
 
@@ -80,7 +80,7 @@ class TopKSink:
         self.values[rows], self.indices[rows] = values.gather(1, order), ids.gather(1, order)
 
 
-class ScoreConsumer:
+class ScoreConsumer(Consumer):
     """Consumer that adds every layer of one batch into one buffer: ``[Q, B]``, ``[Q, N]`` per token, or one per layer."""
 
     def __init__(self, block: QueryBlock, per_token: bool, per_module: bool, want_norms: bool) -> None:
@@ -89,10 +89,12 @@ class ScoreConsumer:
         self.by_module: dict[str, Tensor] = {}
         self.norms: Tensor | None = None
         self.offsets: Tensor | None = None
+        self._inputs: dict[str, Tensor] = {}
 
     def start_batch(self) -> ScoreConsumer:
         """Forget the last batch."""
         self.scores, self.by_module, self.norms, self.offsets = None, {}, None, None
+        self._inputs.clear()
         return self
 
     def _buffer(self, layer: Layer, g: Tensor, offsets: Tensor) -> Tensor:
@@ -108,6 +110,14 @@ class ScoreConsumer:
 
     def consume(self, layer: Layer, group: str, first: bool, a: Tensor, g: Tensor, offsets: Tensor) -> None:
         a, g = working(a), working(g)
+        bias = layer.bias
+        if self.block.factors is not None:
+            bias = False  # in the eigenbasis it is a column like any other
+            if not self.rotated:
+                factor = self.block.factors.layers[layer.name]
+                if group not in self._inputs:
+                    self._inputs[group] = rotate_input(a, self.block.factors.inputs[factor.group].basis, layer.bias)
+                a, g = self._inputs[group], rotate_output(g, factor.basis)
         scores = self._buffer(layer, g, offsets)
         if self.per_token:
             if self.offsets is None:
@@ -120,9 +130,9 @@ class ScoreConsumer:
         if layer.name in self.block.dense:
             V = self.block.dense[layer.name]
             ops.dense_scores(g, a, V, offsets=offsets, out=scores, per_token=self.per_token)
-            if layer.bias:
+            if bias:
                 scores.addmm_(self.block.bias[layer.name], (g if self.per_token else segment_sum(g, offsets)).T)
-        else:
+        elif layer.name in self.block.left:  # absent: a layer that no query's gradient reached
             L, R = self.block.left[layer.name], self.block.right[layer.name]
             ops.low_rank_scores(g, input_rows(a, layer.bias), L, R, offsets=offsets, out=scores, per_token=self.per_token)
         if self.want_norms:
@@ -130,7 +140,7 @@ class ScoreConsumer:
             self.norms = squared if self.norms is None else self.norms + squared
 
 
-class SelfScoreConsumer:
+class SelfScoreConsumer(Consumer):
     """Consumer: ``Σ_layers Σ_ij (U_Sᵀ G_b U_A)²_ij / (Λ_ij + λ)`` per sequence; ``‖G_b‖²`` without factors."""
 
     def __init__(self, factors: Factors | None, dampings: dict[str, float]) -> None:

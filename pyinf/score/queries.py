@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyinf import ops
-from pyinf.capture import Layer
+from pyinf.capture import Consumer, Layer
 from pyinf.curvature.factors import Factors, InputFactor, LayerFactor
 from pyinf.curvature.rotate import input_rows, rotated_gradients, working
 from pyinf.errors import ConfigError
@@ -47,6 +47,7 @@ class QueryBlock:
     right: dict[str, Tensor] = field(default_factory=dict)
     energy: dict[str, Tensor] = field(default_factory=dict)
     norms: Tensor | None = None
+    factors: Factors | None = None  # given: ``dense`` is in the eigenbases, ``(U_Sᵀ V U_A) ⊘ (Λ + λ)``, bias column included
 
     def captured_energy(self) -> Tensor | None:
         """Smallest captured energy over layers, per query; None for dense queries."""
@@ -58,7 +59,7 @@ class QueryBlock:
         return sum(t.numel() * t.element_size() for part in parts for t in part.values())
 
 
-class QueryConsumer:
+class QueryConsumer(Consumer):
     """Consumer that turns each query's captured factors into its preconditioned gradient.
 
     With ``factors`` the product is ``U_S[(U_Sᵀ V U_A) ⊘ (Λ + λ)]U_Aᵀ``; without, the gradient itself. ``dampings`` may hold
@@ -116,6 +117,9 @@ class QueryConsumer:
         for row, V in zip(rows, rotated_gradients(g, a, offsets, factor.basis, shared.basis, layer.bias), strict=True):
             for number, inverse in enumerate(inverses):
                 X = torch.mul(V, inverse, out=spare)
+                if self.block.factors is not None:
+                    yield number * self._queries + row, X
+                    continue
                 if shared.basis is not None:
                     X = X @ shared.basis.T
                 if factor.basis is not None:
@@ -138,7 +142,7 @@ class QueryConsumer:
 
     def _put(self, layer: Layer, position: int, X: Tensor) -> None:
         if self.rank is None or (isinstance(self.rank, int) and self.rank >= min(X.shape)):
-            if layer.bias:
+            if layer.bias and self.block.factors is None:
                 self._store(self.block.bias, layer.name, [position], X[:, -1].unsqueeze(0))
                 X = X[:, :-1]
             self._store(self.block.dense, layer.name, [position], X.unsqueeze(0))
