@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,20 @@ _OPTIONS = {
     "token_budget": None,
     "checkpoint_seconds": 60.0,
 }
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _at_home(method: _F) -> _F:
+    """Run a method with the model on the attributor's device and dtype, and put it back afterwards."""
+
+    @functools.wraps(method)
+    def run(self: Attributor, *args: Any, **kwargs: Any) -> Any:
+        with self._placed():
+            return method(self, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
 class Attributor:
@@ -92,20 +108,23 @@ class Attributor:
         if backend is not None:
             with ops.use_backend(backend):
                 pass  # an unknown or unavailable backend is an error now, not after an hour
+        model = getattr(model, "_orig_mod", model)  # a compiled wrapper: hooks need the module itself
         self.model, self.damping, self.damping_mode, self.fisher = model, float(damping), damping_mode, fisher
-        self.task = task if task is not None else CausalLM()
-        self.task.seed = seed
+        self.task = copy.copy(task) if task is not None else CausalLM()
+        self.task.seed = seed  # of a copy: one task may serve two attributors
         self.device, self.dtype, self.backend, self.seed = device, dtype, backend, seed
         self.run_dir = Path(run_dir) if run_dir is not None else None
         self.factors: Factors | None = None
         self.modules = modules
         self._prepared: dict[int, tuple[Any, PreparedExamples]] = {}
+        self._depth = 0
         self._plan: Plan | None = None
         self._keep_captured = False
         if self.method.kind == "gradient":
             if not any(True for _ in model.parameters()):
                 raise ModelError("the model has no parameters; give a transformers model or an nn.Module with nn.Linear layers")
-            self._placed()
+            with self._placed():
+                pass  # an impossible device is an error now
             self.selection = select_layers(model, modules)
             self._run = GradientRun(
                 model, self.selection, self.task, self.method, fisher, self.options["eigensolver"], seed
@@ -118,6 +137,7 @@ class Attributor:
         """Seconds by stage so far."""
         return self._run.timings if self.method.kind == "gradient" else {}
 
+    @_at_home
     def plan(self, train: Any, queries: Any = None, batch_size: int | None = None, dampings: int = 1) -> Plan:
         """What a run over these data will do, and about how long it takes; checks the data against the model.
 
@@ -125,6 +145,8 @@ class Attributor:
             DataError: something is wrong with the data; names the example.
             ResourceError: it does not fit.
         """
+        if self.method.kind != "gradient":
+            raise ConfigError(f"method '{self.method.name}' runs no model, so there is nothing to plan")
         train_data = self._prepare(train, "train")
         query_data = self._prepare(queries, "queries") if queries is not None else None
         return self._make_plan(train_data, query_data, batch_size, dampings)
@@ -167,6 +189,7 @@ class Attributor:
 
     # -- fit -----------------------------------------------------------------------------------------------------------
 
+    @_at_home
     def fit(self, train: Any, batch_size: int | None = None) -> Attributor:
         """Fit the method's factors on ``train``; resumable when ``run_dir`` is set. Methods without factors: no work.
 
@@ -183,6 +206,7 @@ class Attributor:
         data = self._prepare(train, "train")
         return self._fit(data, self._make_plan(data, None, batch_size))
 
+    @_at_home
     def run(self, train: Any, queries: Any, batch_size: int | None = None) -> Scores:
         """:meth:`fit` and :meth:`score` planned together, so that what the layers see may be captured once for both."""
         if self.method.kind != "gradient":
@@ -232,6 +256,7 @@ class Attributor:
             state.rmdir()
         return self
 
+    @_at_home
     def load_factors(self, directory: str | os.PathLike[str]) -> Attributor:
         """Use factors fitted earlier.
 
@@ -258,6 +283,7 @@ class Attributor:
 
     # -- scores --------------------------------------------------------------------------------------------------------
 
+    @_at_home
     def score(
         self,
         queries: Any,
@@ -367,6 +393,7 @@ class Attributor:
             scores = Scores(None, None, meta, scores.topk(topk))
         return scores
 
+    @_at_home
     def self_score(self, train: Any, batch_size: int | None = None) -> Tensor:
         """Self-influence ``⟨H⁻¹G_i, G_i⟩`` of every training example: float32 ``[N]``, never negative.
 
@@ -385,21 +412,43 @@ class Attributor:
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 
-    def _placed(self) -> None:
-        if self.device is not None or self.dtype is not None:
-            try:
-                self.model.to(device=self.device, dtype=self.dtype)
-            except (RuntimeError, AssertionError) as error:
-                raise ConfigError(f"cannot move the model to device={self.device}, dtype={self.dtype}: {error}") from None
+    @contextlib.contextmanager
+    def _placed(self) -> Iterator[None]:
+        """The model where and how it was asked for; its own tensors are put back untouched, also after an error."""
+        if self._depth == 0:
+            self._prepared = {}  # the caller may have changed the data since the last call
+        self._depth += 1
+        kept: list[tuple[Tensor, Tensor]] = []
+        try:
+            if self._depth == 1 and (self.device is not None or self.dtype is not None):
+                for tensor in [*self.model.parameters(), *self.model.buffers()]:
+                    dtype = self.dtype if tensor.is_floating_point() else None
+                    try:
+                        moved = tensor.data.to(device=self.device, dtype=dtype)
+                    except (RuntimeError, AssertionError) as error:
+                        raise ConfigError(f"cannot move the model to device={self.device}, dtype={self.dtype}: {error}") from None
+                    if moved is not tensor.data and (moved.dtype, moved.device) != (tensor.dtype, tensor.device):
+                        kept.append((tensor, tensor.data))
+                        tensor.data = moved
+            yield
+        finally:
+            for tensor, original in kept:
+                tensor.data = original
+            self._depth -= 1
 
-    def _backend(self) -> Any:
-        return ops.use_backend(self.backend) if self.backend is not None else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _backend(self) -> Iterator[None]:
+        # An ambient autocast would turn the fp32 products of the factors into half precision; the model runs as it is.
+        kind = next(self.model.parameters()).device.type
+        with ops.use_backend(self.backend) if self.backend is not None else contextlib.nullcontext():
+            with torch.autocast(kind, enabled=False), torch.inference_mode(False):
+                yield
 
     def _prepare(self, examples: Any, name: str) -> PreparedExamples:
         held = self._prepared.get(id(examples))
         if held is not None and held[0] is examples and len(held[1]) == len(examples):
             return held[1]
-        data = prepare(examples, name, self.model)
+        data = prepare(examples, name, self.model, fields=self.task.fields, shifted=self.task.shifted)
         if name == "train":
             self._run.release()
         self._prepared = {k: v for k, v in self._prepared.items() if v[1].name != name}
@@ -410,7 +459,10 @@ class Attributor:
         return artifacts.fingerprint_model(self.model)
 
     def _data_fingerprint(self, data: PreparedExamples) -> str:
-        rows = [{"input_ids": i.tolist(), "labels": lb.tolist()} for i, lb in zip(data.input_ids, data.labels, strict=True)]
+        rows = []
+        for ids, labels, mask, extras in zip(data.input_ids, data.labels, data.masks, data.extras, strict=True):
+            row = {"input_ids": ids.tolist(), "labels": labels.tolist(), **{k: v.tolist() for k, v in extras.items()}}
+            rows.append(row if mask is None else {**row, "attention_mask": mask.long().tolist()})
         return artifacts.fingerprint_examples(rows)
 
     def _fit_identity(self, data: PreparedExamples, plan: Plan) -> dict[str, Any]:
@@ -440,6 +492,8 @@ class Attributor:
             "train": self._data_fingerprint(train),
             "queries": self._data_fingerprint(queries),
             "layers": self.selection.names,
+            "task": self.task.fingerprint(),
+            "seed": self.seed,
             "request": str(request),
             "batches": [plan.batch_size, plan.token_budget, plan.query_block],
             "factors": None if self.factors is None else self.factors.meta,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyinf.errors import ConfigError, ModelError
+from pyinf.errors import ConfigError, DataError, ModelError
 
 __all__ = ["Batch", "CausalLM", "LogOdds", "SequenceClassification", "Task", "summed_cross_entropy"]
 
@@ -58,7 +58,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             total += torch.where(counted, losses, torch.zeros_like(losses)).sum(dtype=torch.float64)
             work.div_(norm)
             work.scatter_add_(1, target, torch.full_like(target, -1, dtype=work.dtype))
-            work.mul_(counted.unsqueeze(1))
+            work.masked_fill_(~counted.unsqueeze(1), 0)
             if work is not z:
                 z.copy_(work)
         ctx.save_for_backward(grad)
@@ -71,12 +71,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return grad.mul_(upstream) if upstream.item() != 1.0 else grad, None, None
 
 
-def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def summed_cross_entropy(logits: Tensor, labels: Tensor, overwrite: bool = False) -> Tensor:
     """Sum of token cross-entropies, ``Σ_t −log softmax(z_t)[y_t]`` over positions with ``y_t ≠ −100``.
 
     Args:
-        logits: ``[..., V]``; their memory may be overwritten with their gradient where autograd never reads them again.
+        logits: ``[..., V]``.
         labels: ``[...]`` int64, −100 = ignored.
+        overwrite: the caller reads the logits no more: their memory takes their gradient, unless autograd needs them.
 
     Returns:
         A scalar (fp32, or fp64 for fp64 logits); differentiable once.
@@ -84,7 +85,7 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     flat = logits.reshape(-1, logits.shape[-1])
     if not flat.requires_grad:
         return nn.functional.cross_entropy(flat.float(), labels.reshape(-1), ignore_index=IGNORE, reduction="sum")
-    node, safe = logits.grad_fn, True
+    node, safe = logits.grad_fn, overwrite
     for _ in range(3):  # walk through views down to the product that made the logits
         if node is None:
             break
@@ -100,12 +101,12 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return _SummedCrossEntropy.apply(flat, labels.reshape(-1), safe)
 
 
-def _uniforms(indices: list[int], length: int, seed: int, device: torch.device) -> Tensor:
-    """One uniform per position, a function of (seed, example index, position) only: batches and padding do not matter."""
+def _uniforms(keys: list[int], length: int, seed: int, device: torch.device) -> Tensor:
+    """One uniform per position, a function of (seed, key of the example, position): batches, order and padding do not matter."""
     generator = torch.Generator()
     rows = []
-    for index in indices:
-        generator.manual_seed((seed * 0x9E3779B1 + index * 0x85EBCA77 + 0x165667B1) % (1 << 63))
+    for key in keys:
+        generator.manual_seed((seed * 0x9E3779B1 + key * 0x85EBCA77 + 0x165667B1) % (1 << 63))
         rows.append(torch.rand(length, generator=generator, dtype=torch.float64))
     return torch.stack(rows).to(device)
 
@@ -125,13 +126,23 @@ def _draw(logits: Tensor, uniforms: Tensor) -> Tensor:
 class Task:
     """A training loss and a measurement. Subclass it, or use :class:`CausalLM` and friends.
 
-    Both methods get the model and a batch of tensors (``input_ids``, ``labels``, possibly ``attention_mask``, and
-    ``index``: the example numbers) and return a differentiable scalar that is a **sum over the batch's sequences** in
-    which no sequence depends on another.
+    Both methods get the model and a batch of tensors (``input_ids``, ``labels``, possibly ``attention_mask``, ``index``:
+    the example numbers, ``draw``: a key of each example's content for random draws) and return a differentiable scalar
+    that is a **sum over the batch's sequences** in which no sequence depends on another.
+
+    ``fields`` names further integer fields of the examples that the task reads, each with the value that pads it;
+    ``shifted`` says whether the label of position t+1 is predicted at t, so that a label at the first position is none.
     """
 
     name = "task"
     seed = 0
+    fields: Mapping[str, int] = {}
+    shifted = False
+
+    @property
+    def measures_labels(self) -> bool:
+        """Whether a query without labels measures nothing: so with the training loss, not with a measurement of its own."""
+        return type(self).measurement is Task.measurement
 
     def train_loss(self, model: nn.Module, batch: Batch, sample: bool = False) -> Tensor:
         """Summed training loss. With ``sample`` the labels are drawn from the model's own predictions (true Fisher)."""
@@ -175,16 +186,26 @@ class CausalLM(Task):
     """Next-token prediction: loss of position t is the cross-entropy of ``labels[t+1]``; labels of −100 are ignored."""
 
     name = "causal-lm"
+    shifted = True
 
     def train_loss(self, model: nn.Module, batch: Batch, sample: bool = False) -> Tensor:
-        logits = _logits(model, batch, use_cache=False)
         labels = batch["labels"]
+        if labels.dim() != 2:
+            raise DataError("a language-modelling loss needs one label a token; use task=SequenceClassification() for one label a sequence")
+        logits = _logits(model, batch, use_cache=False)
+        if logits.dim() != 3 or logits.shape[:2] != labels.shape:
+            raise ModelError(
+                f"next-token prediction needs [batch, positions, vocabulary] logits for {tuple(labels.shape)} tokens, the model "
+                f"returned {tuple(logits.shape)}; load it with AutoModelForCausalLM or give the matching task"
+            )
         targets = torch.full_like(labels, IGNORE)
         targets[:, :-1] = labels[:, 1:]
+        if batch.get("attention_mask") is not None:  # what a masked position predicts does not count
+            targets.masked_fill_(batch["attention_mask"] == 0, IGNORE)
         if sample:
-            draw = _draw(logits, _uniforms(batch["index"].tolist(), labels.shape[1], self.seed, logits.device))
+            draw = _draw(logits, _uniforms(batch["draw"].tolist(), labels.shape[1], self.seed, logits.device))
             targets = torch.where(targets != IGNORE, draw, targets)
-        return summed_cross_entropy(logits, targets)
+        return summed_cross_entropy(logits, targets, overwrite=True)
 
 
 class LogOdds(CausalLM):
@@ -195,6 +216,7 @@ class LogOdds(CausalLM):
     """
 
     name = "log-odds"
+    fields: Mapping[str, int] = {"other_input_ids": 0, "other_labels": IGNORE, "other_attention_mask": 0}  # noqa: RUF012
 
     def measurement(self, model: nn.Module, batch: Batch) -> Tensor:
         if batch.get("other_input_ids") is None:
@@ -202,7 +224,7 @@ class LogOdds(CausalLM):
         mine = self.train_loss(model, batch)
         ids, labels = batch["other_input_ids"], batch["other_labels"]
         mask = batch.get("other_attention_mask")
-        other = {"input_ids": ids, "labels": labels, "attention_mask": mask, "index": batch["index"]}
+        other = {**batch, "input_ids": ids, "labels": labels, "attention_mask": mask}
         return mine - self.train_loss(model, other)
 
 
@@ -212,14 +234,20 @@ class SequenceClassification(Task):
     name = "sequence-classification"
 
     def train_loss(self, model: nn.Module, batch: Batch, sample: bool = False) -> Tensor:
+        if batch["labels"].dim() != 1:
+            raise DataError("sequence classification needs one integer label an example; give every example a 'labels' field")
         logits = _logits(model, batch)
         if logits.dim() != 2:
             raise ModelError(
                 f"sequence classification needs [batch, classes] logits, the model returned {tuple(logits.shape)}; "
                 "load it with AutoModelForSequenceClassification"
             )
-        labels = batch["labels"].reshape(-1)
+        labels = batch["labels"]
+        odd = ((labels >= logits.shape[1]) | ((labels < 0) & (labels != IGNORE))).nonzero()
+        if odd.numel():
+            row = int(odd[0])
+            raise DataError(f"example {int(batch['index'][row])} has label {int(labels[row])}, the model has {logits.shape[1]} classes")
         if sample:
-            draw = _draw(logits, _uniforms(batch["index"].tolist(), 1, self.seed, logits.device).squeeze(1))
+            draw = _draw(logits, _uniforms(batch["draw"].tolist(), 1, self.seed, logits.device).squeeze(1))
             labels = torch.where(labels != IGNORE, draw, labels)
-        return summed_cross_entropy(logits, labels)
+        return summed_cross_entropy(logits, labels, overwrite=True)

@@ -6,8 +6,9 @@ padding, right padding and none at all give the same numbers whatever the model'
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from pyinf.errors import DataError
 __all__ = ["PreparedExamples", "TokenBatch", "make_batches", "prepare"]
 
 IGNORE = -100
-_EXTRA_SEQUENCE_FIELDS = {"token_type_ids": 0, "other_input_ids": 0, "other_labels": IGNORE, "other_attention_mask": 0}
+_TOKEN_TYPES = {"token_type_ids": 0}
 
 
 @dataclass
@@ -51,6 +52,8 @@ class PreparedExamples:
     extras: list[dict[str, Tensor]]
     label_counts: list[int]
     pad_id: int
+    fields: dict[str, int] = field(default_factory=dict)
+    draw_keys: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -91,10 +94,14 @@ class PreparedExamples:
             "labels": labels.to(device),
             "attention_mask": None if full else mask.to(device=device, dtype=torch.int64),
             "index": torch.tensor(list(indices), dtype=torch.int64),
+            "draw": torch.tensor([self.draw_keys[i] for i in indices], dtype=torch.int64),
         }
         for key in self.extras[indices[0]]:
-            fill = self.pad_id if key == "other_input_ids" else _EXTRA_SEQUENCE_FIELDS[key]
+            fill = self.pad_id if key.endswith("input_ids") else self.fields[key]
             parts = [self.extras[i][key] for i in indices]
+            if parts[0].dim() == 0:
+                inputs[key] = torch.stack(parts).to(device)
+                continue
             out = torch.full((size, max(p.numel() for p in parts)), fill, dtype=torch.int64)
             for row, part in enumerate(parts):
                 out[row, : part.numel()] = part
@@ -119,7 +126,14 @@ def _vector(value: Any, name: str, index: int, field: str) -> Tensor:
     return tensor.to(torch.int64)
 
 
-def prepare(examples: Any, name: str, model: nn.Module | None = None, allow_empty: bool = False) -> PreparedExamples:
+def prepare(
+    examples: Any,
+    name: str,
+    model: nn.Module | None = None,
+    allow_empty: bool = False,
+    fields: Mapping[str, int] | None = None,
+    shifted: bool = True,
+) -> PreparedExamples:
     """Check a dataset against the model and bring it into canonical form.
 
     Args:
@@ -127,6 +141,8 @@ def prepare(examples: Any, name: str, model: nn.Module | None = None, allow_empt
             for classification) and ``attention_mask``.
         name: how errors call it.
         model: for its vocabulary and number of positions.
+        fields: further integer fields to pass on, each with the value that pads it.
+        shifted: a label is predicted at the position before its own, so that one at the first position counts for nothing.
 
     Raises:
         DataError: empty dataset, missing field, ids outside the vocabulary, sequence longer than the model's positions,
@@ -138,10 +154,25 @@ def prepare(examples: Any, name: str, model: nn.Module | None = None, allow_empt
         raise DataError(f"{name} is empty; give at least one sequence")
     vocabulary, positions = _model_limits(model)
     pad = getattr(getattr(model, "config", None), "pad_token_id", None)
-    out = PreparedExamples(name, [], [], [], [], [], [], [], pad if isinstance(pad, int) and pad >= 0 else 0)
+    usable = isinstance(pad, int) and 0 <= pad < (vocabulary or pad + 1)
+    out = PreparedExamples(name, [], [], [], [], [], [], [], pad if usable else 0, {**_TOKEN_TYPES, **(fields or {})})
     for index in range(len(examples)):
-        _prepare_one(out, examples[index], index, vocabulary, positions)
+        _prepare_one(out, examples[index], index, vocabulary, positions, shifted)
+    out.draw_keys = _content_keys(out)
     return out
+
+
+def _content_keys(data: PreparedExamples) -> list[int]:
+    """A key of each example's content, for random draws that do not depend on the order; repeats are told apart."""
+    seen: dict[bytes, int] = {}
+    keys = []
+    for ids, labels in zip(data.input_ids, data.labels, strict=True):
+        digest = hashlib.blake2b(ids.numpy().tobytes(), digest_size=8)
+        digest.update((labels != IGNORE).numpy().tobytes())
+        content = digest.digest()
+        repeat = seen[content] = seen.get(content, -1) + 1
+        keys.append((int.from_bytes(content, "little") + repeat * 0x9E3779B97F4A7C15) % (1 << 62))
+    return keys
 
 
 def _model_limits(model: nn.Module | None) -> tuple[int | None, int | None]:
@@ -160,7 +191,9 @@ def _model_limits(model: nn.Module | None) -> tuple[int | None, int | None]:
     return vocabulary, positions if isinstance(positions, int) and positions > 0 else None
 
 
-def _prepare_one(out: PreparedExamples, example: Any, index: int, vocabulary: int | None, positions: int | None) -> None:
+def _prepare_one(
+    out: PreparedExamples, example: Any, index: int, vocabulary: int | None, positions: int | None, shifted: bool
+) -> None:
     name = out.name
     if not isinstance(example, Mapping):
         raise DataError(f"{name}[{index}] is a {type(example).__name__}; every example must be a mapping with 'input_ids'")
@@ -207,14 +240,25 @@ def _prepare_one(out: PreparedExamples, example: Any, index: int, vocabulary: in
         top = int(labels.max())
         if vocabulary is not None and (top >= vocabulary or bool(((labels < 0) & (labels != IGNORE)).any())):
             raise DataError(f"{name}[{index}]['labels'] holds ids outside the vocabulary of {vocabulary}; use −100 to ignore a position")
-        count = int((labels[1:] != IGNORE).sum())
+        counts = labels != IGNORE
+        if shifted:
+            counts = counts[1:] if inner is None else counts[1:] & inner[:-1]
+        count = int(counts.sum())
     else:
         count = int(labels != IGNORE)
+    if out.labels and out.labels[0].dim() != labels.dim():
+        kinds = ["one label a sequence" if x.dim() == 0 else "one label a token" for x in (labels, out.labels[0])]
+        raise DataError(f"{name}[{index}] has {kinds[0]}, {name}[0] has {kinds[1]}; all must agree")
     if inner is not None and not bool(inner.any()):
         count = 0
-    extras = {key: _vector(example[key], name, index, key) for key in _EXTRA_SEQUENCE_FIELDS if example.get(key) is not None}
+    extras = {key: _vector(example[key], name, index, key) for key in out.fields if example.get(key) is not None}
     if "token_type_ids" in extras:
+        if extras["token_type_ids"].numel() != full_length:
+            raise DataError(f"{name}[{index}]: token_type_ids has {extras['token_type_ids'].numel()} entries, input_ids {full_length}; they must match")
         extras["token_type_ids"] = extras["token_type_ids"][start:stop]
+    for key, value in extras.items():
+        if key.endswith("input_ids") and vocabulary is not None and value.numel() and not 0 <= int(value.min()) <= int(value.max()) < vocabulary:
+            raise DataError(f"{name}[{index}]['{key}'] holds ids outside the model's vocabulary of {vocabulary}")
     first = out.extras[0] if out.extras else extras
     if set(first) != set(extras):
         raise DataError(f"{name}[{index}] has the fields {sorted(extras)}, {name}[0] has {sorted(first)}; all must agree")
