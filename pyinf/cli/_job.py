@@ -16,7 +16,7 @@ import pyinf
 from pyinf import artifacts, ops, progress
 from pyinf import methods as _methods
 from pyinf.cli._options import effective
-from pyinf.cli._terminal import Screen
+from pyinf.cli._terminal import InnerSink, Screen
 from pyinf.curvature import EIGENSOLVERS, check_damping
 from pyinf.data import Examples, load_examples, load_model, load_tokenizer, model_limits
 from pyinf.data.models import resolve_device
@@ -136,9 +136,9 @@ class Job:
         home = self.out / "scores"
         if not (home / artifacts.MANIFEST_NAME).exists():
             scores.save(home)
+        self.page = self._report(scores, self.options["topk"]) if write_report else None
         with contextlib.suppress(OSError):
             (self.out / "unfinished").rmdir()  # where half-done scores were, empty by now
-        self.page = self._report(scores, self.options["topk"]) if write_report else None
 
     def show(self, scores: Scores) -> None:
         """Print the strongest examples of the first queries, the files written, and the summary."""
@@ -197,7 +197,7 @@ class Job:
         assert self.queries is not None
         from pyinf import report
 
-        with progress.stage("report", 1, "pages") as stage:
+        with progress.stage("report", None, "passes") as stage, progress.use(InnerSink(stage)):
             if self.attributor.method.factors is not None and self.attributor.factors is None:
                 self.attributor.fit(self.train, self.batch_size)  # finished before: they are read, not fitted
             facts = [("model folder", str(self.options["model"]))]
@@ -207,7 +207,6 @@ class Job:
             data.save(self.out / "report.json")
             page = self.out / "report.html"
             report.write_html(data, page)
-            stage.advance(1)
         return page
 
     def load_factors(self) -> None:

@@ -162,20 +162,36 @@ class LineSink:
         self._say(text)
 
 
+class InnerSink(NullSink):
+    """Stages inside one stage: each that ends is one unit of it."""
+
+    def __init__(self, outer: Stage) -> None:
+        self._outer = outer
+
+    def end(self, stage: Stage) -> None:
+        """Count it."""
+        self._outer.advance(1)
+
+
 class Screen:
     """Where a command writes: results on standard output, progress and plan on standard error; nothing when quiet."""
 
     def __init__(self, quiet: bool = False, json_output: bool = False) -> None:
         self.quiet, self.json_output = quiet, json_output
-        self._out = Console(highlight=False)
+        self._out = Console(highlight=False, quiet=quiet)
         self._err = Console(stderr=True, highlight=False)
 
     @contextlib.contextmanager
-    def session(self) -> Iterator[None]:
-        """While work goes on: stages are shown, warnings become lines, other libraries keep quiet."""
+    def session(self, together: bool = False) -> Iterator[Console]:
+        """While work goes on: stages are shown, warnings become lines, other libraries keep quiet.
+
+        ``together``: progress goes to standard output as well, for a command that writes there all along. Yields the
+        console that results go to.
+        """
         sink: Any = NullSink()
+        console = self._out if together else self._err
         if not self.quiet:
-            sink = LiveSink(self._err) if self._err.is_terminal else LineSink(self._err)
+            sink = LiveSink(console) if console.is_terminal else LineSink(console)
         with contextlib.ExitStack() as stack:
             if not self.quiet:
                 stack.enter_context(sink)
@@ -184,7 +200,7 @@ class Screen:
             warnings.simplefilter("once")
             warnings.showwarning = lambda message, *_, **__: self.say(f"warning: {str(message).strip()}")
             _hush_libraries()
-            yield
+            yield self._out
 
     def say(self, text: str) -> None:
         """A line on standard error."""
@@ -212,12 +228,15 @@ class Screen:
         if self.quiet or self.json_output:
             return
         table = Table(title=Text(_one_line(title, 200)), title_justify="left", show_edge=False, pad_edge=False)
-        for name, justify in (("", "left"), ("train", "right"), ("score", "right")):
-            table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
         rows = list(rows)
-        labelled = any(labels for *_, labels, _ in rows)
+        labelled = max((min(16, len(labels)) for *_, labels, _ in rows), default=0)
+        digits = max((len(str(index)) for _, index, *_ in rows), default=0)
+        # Least widths: the text gives way in a narrow terminal, the numbers do not.
+        table.add_column("", no_wrap=True, min_width=1)
+        table.add_column("train", no_wrap=True, justify="right", min_width=max(5, digits))
+        table.add_column("score", no_wrap=True, justify="right", min_width=10)
         if labelled:
-            table.add_column("label", no_wrap=True, max_width=24, overflow="ellipsis")
+            table.add_column("label", no_wrap=True, min_width=max(5, labelled), max_width=24, overflow="ellipsis")
         table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
         for side, index, score, labels, text in rows:
             cells = [Text(side, style="green" if side == "+" else "red"), Text(str(index)), Text(f"{score:+.4g}")]
