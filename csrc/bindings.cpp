@@ -5,8 +5,11 @@
 #include <type_traits>
 
 #include "pyinf/build_info.h"
+#include "pyinf/cpu/gradients.h"
 #include "pyinf/cpu/isa.h"
+#include "pyinf/cpu/projection.h"
 #include "pyinf/dtype.h"
+#include "pyinf/philox.h"
 #include "pyinf/status.h"
 
 #ifdef PYINF_WITH_CUDA
@@ -64,8 +67,18 @@ py::object error_name(int code) {
 }
 
 void bind_cpu(py::module_& m) {
-  // One line a kernel: def_raw<&pyinf::cpu::function>(m, "cpu_function", py::arg("..."), ...);
-  (void)m;
+  // Arguments are those of the headers in pyinf/cpu/, in their order.
+  def_raw<&pyinf::cpu::accumulate_squared_gradients>(m, "cpu_accumulate_squared_gradients");
+  def_raw<&pyinf::cpu::random_projection>(m, "cpu_random_projection");
+  def_raw<&pyinf::cpu::sparse_projection>(m, "cpu_sparse_projection");
+  def_raw<&pyinf::cpu::scan_signs>(m, "cpu_scan_signs");
+  m.def(
+      "philox4x32",
+      [](std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3, std::uint32_t k0, std::uint32_t k1) {
+        const pyinf::Philox4 out = pyinf::philox4x32(c0, c1, c2, c3, k0, k1);
+        return py::make_tuple(out.w[0], out.w[1], out.w[2], out.w[3]);
+      },
+      "One Philox4x32-10 block: counter (4 words), key (2 words).");
 }
 
 #ifdef PYINF_WITH_CUDA

@@ -6,7 +6,7 @@ Every function is also registered as ``torch.ops.pyinf.<name>`` in the packed la
 
 from __future__ import annotations
 
-from pyinf.ops import costs, philox, reference, schemas, torch_backend
+from pyinf.ops import costs, cpu_backend, philox, reference, schemas, torch_backend
 from pyinf.ops.api import (
     accumulate_covariance,
     accumulate_squared_gradients,
@@ -36,6 +36,7 @@ __all__ = [
     "accumulate_covariance",
     "accumulate_squared_gradients",
     "costs",
+    "cpu_backend",
     "current_backend",
     "dense_scores",
     "describe",

@@ -1,0 +1,4 @@
+// Compiled for avx2: see projection_impl.h.
+#define PYINF_VECTOR_BYTES 32
+#define PYINF_ISA_NAME avx2
+#include "pyinf/cpu/projection_impl.h"
