@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from dataclasses import asdict, dataclass, field
@@ -64,6 +65,7 @@ def available_memory(device: torch.device) -> int:
     return max(0, min(free))
 
 
+@functools.cache
 def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
     """Measured FLOP/s of a square matrix product on ``device``; a few milliseconds."""
     n = 1024 if device.type == "cpu" else 4096
