@@ -156,6 +156,8 @@ def reference(shape: Shape, inputs: Path, fingerprint: str, options: argparse.Na
         digest = hashlib.sha256(fingerprint.encode() + (PEERS / "reference.py").read_bytes()).hexdigest()[:12]
         path = options.work / f"reference-{positions}-{digest}.npy"
         if not path.is_file():
+            if options.report_only:
+                continue
             print(f"float64 reference, A over {positions.replace('_', ' ')} positions ...", flush=True)
             part = path.with_name(f"part-{path.name}")
             command = [sys.executable, str(PEERS / "reference.py"), "--inputs", str(inputs), "--out", str(part)]

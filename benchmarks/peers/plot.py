@@ -56,7 +56,9 @@ def draw(
         if row["stage"] == "one model pass":
             axes.axvline(row["seconds"], color="#555555", linestyle=":", linewidth=1, label="one bare model pass")
         elif row["stage"] == "total":
-            axes.axvline(row["seconds"], color="#c0392b", linestyle="--", linewidth=1, label="arithmetic floor")
+            axes.axvline(
+                row["seconds"], color="#c0392b", linestyle="--", linewidth=1, label="one pass + arithmetic floor"
+            )
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(unique.values(), unique.keys(), fontsize=7, ncols=5, loc="outside lower center", frameon=False)
