@@ -47,9 +47,9 @@ wheel: $(VENV)/.stamp
 
 # The report's test drives it in a headless Chromium. Without one it skips itself, which counts against the budget.
 browser:
-	@command -v chromium chromium-browser google-chrome >/dev/null && exit 0; \
+	@command -v chromium chromium-browser google-chrome >/dev/null && command -v chromedriver >/dev/null && exit 0; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 && exit 0; \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; } >/dev/null 2>&1 && exit 0; \
 	fi; \
 	echo "no Chromium, and it could not be installed: the report is not tested in a browser"
 

@@ -11,7 +11,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import pyinf
 
-
 NO_TEXT = {"bos_token_id": 0, "eos_token_id": 0}  # random tokens here, so no begin and no end
 
 

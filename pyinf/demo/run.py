@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +56,33 @@ def run(
         ArtifactError: ``out_dir`` holds something else.
         DataError: this Python comes without the sources of its library.
     """
+    with _calm():
+        return _run(Path(out_dir), quick, console, device)
+
+
+@contextlib.contextmanager
+def _calm() -> Iterator[None]:
+    """Keep what other libraries say about a model made on the spot out of the story, and put them back as they were."""
+    from transformers.utils import logging as chatter
+
+    level, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
+    chatter.set_verbosity_error()
+    chatter.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # Said once in the report's plan ("layers traced"), not once a method.
+            warnings.filterwarnings("ignore", message=".*layers that cannot be traced", category=UserWarning)
+            yield
+    finally:
+        chatter.set_verbosity(level)
+        if bars:
+            chatter.enable_progress_bar()
+
+
+def _run(out: Path, quick: bool, console: Console | None, device: str | torch.device | None) -> dict[str, Any]:
     started = time.perf_counter()
     console = console or Console(highlight=False)
     place = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    out = Path(out_dir)
     artifacts.claim_directory(out, {"what": "pyinf demo", "quick": quick})
     recipe = Recipe.quick() if quick else Recipe()
 

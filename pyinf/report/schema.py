@@ -116,7 +116,7 @@ class ReportData:
         except (json.JSONDecodeError, RecursionError) as error:
             raise ArtifactError(f"{source} is not JSON ({error}); write the report again.") from error
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-            raise ArtifactError(f"{source} is not a pyinf report: expected \"format\": \"{FORMAT}\".")
+            raise ArtifactError(f'{source} is not a pyinf report: expected "format": "{FORMAT}".')
         if raw.get("version") != VERSION or isinstance(raw.get("version"), bool):
             raise ArtifactError(
                 f"{source} has report version {raw.get('version')!r}, this pyinf reads {VERSION}; write it again."

@@ -99,7 +99,7 @@ def test_one_value_everywhere_and_unwritable(tmp_path):
     from pyinf.report import Histogram
 
     data.queries[0].histogram = Histogram([0.0, 0.0], [200])
-    assert "nan" not in render_html(data).split("<main")[1].split("id=\"data\"")[0].lower().replace("nano", "")
+    assert "nan" not in render_html(data).split("<main")[1].split('id="data"')[0].lower().replace("nano", "")
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="Cannot write"):
         write_html(data, tmp_path / "file" / "report.html")
