@@ -124,12 +124,13 @@ class GradientRun:
         if plan.score_rotated or self._holds_rotated():
             block.factors = factors
         position_of = {index: row for row, index in enumerate(indices)}
-        consumer = QueryConsumer(
-            block, position_of, factors, dampings, request.query_rank, self.method.normalise, self.seed
-        )
         needs_label = self.task.measures_labels
         counted = queries.counted
         live = [i for i in indices if counted[i] > 0 and (queries.label_counts[i] > 0 or not needs_label)]
+        silent = sorted(position_of[i] for i in set(indices) - set(live))
+        consumer = QueryConsumer(
+            block, position_of, factors, dampings, request.query_rank, self.method.normalise, self.seed, silent
+        )
         started = time.perf_counter()
         with TracingSession(self.model, self.selection, self.task, self.groups) as session:
             batches = make_batches(queries.lengths, live, plan.batch_size, plan.token_budget)

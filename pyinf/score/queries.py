@@ -75,10 +75,13 @@ class QueryConsumer(Consumer):
         rank: int | float | None,
         want_norms: bool,
         seed: int = 0,
+        silent: list[int] | None = None,
     ) -> None:
         self.block, self.position_of, self.factors = block, position_of, factors
         self.dampings, self.rank, self.want_norms, self.seed = dampings, rank, want_norms, seed
         self._queries = block.count // max(1, len(dampings))
+        # Rows of queries without a label: never written, so they must be zeroed. The rest need not be touched twice.
+        self._silent = [d * self._queries + row for d in range(max(1, len(dampings))) for row in silent or ()]
         self._indices: list[int] = []
 
     def for_batch(self, indices: list[int]) -> QueryConsumer:
@@ -159,13 +162,18 @@ class QueryConsumer(Consumer):
     def _store(self, where: dict[str, Tensor], name: str, rows: list[int], value: Tensor) -> None:
         held = where.get(name)
         if held is None:
-            held = where[name] = value.new_zeros(self.block.count, *value.shape[1:])
+            held = where[name] = value.new_empty(self.block.count, *value.shape[1:])
+            if self._silent:
+                held[self._silent] = 0
         axis = {id(self.block.left): 2, id(self.block.right): 1}.get(id(where))
         if axis is not None and held.shape[axis] != value.shape[axis]:  # ranks chosen by energy differ: pad with zeros
             width = max(held.shape[axis], value.shape[axis])
             held = where[name] = _widen(held, axis, width)
             value = _widen(value, axis, width)
-        held[rows] = value
+        if len(rows) == 1:
+            held[rows[0]].copy_(value[0])
+        else:
+            held[rows] = value
 
 
 def _widen(x: Tensor, axis: int, width: int) -> Tensor:
