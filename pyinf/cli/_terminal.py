@@ -229,18 +229,21 @@ class Screen:
             return
         table = Table(title=Text(_one_line(title, 200)), title_justify="left", show_edge=False, pad_edge=False)
         rows = list(rows)
-        labelled = max((min(16, len(labels)) for *_, labels, _ in rows), default=0)
-        digits = max((len(str(index)) for _, index, *_ in rows), default=0)
-        # Least widths: the text gives way in a narrow terminal, the numbers do not.
-        table.add_column("", no_wrap=True, min_width=1)
-        table.add_column("train", no_wrap=True, justify="right", min_width=max(5, digits))
-        table.add_column("score", no_wrap=True, justify="right", min_width=10)
-        if labelled:
-            table.add_column("label", no_wrap=True, min_width=max(5, labelled), max_width=24, overflow="ellipsis")
-        table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
+        label_width = max((min(20, len(labels)) for *_, labels, _ in rows), default=0)
+        digits = max([5, *(len(str(index)) for _, index, *_ in rows)])
+        # The text gives way in a narrow terminal, the numbers do not.
+        room = self._out.width - (1 + 3 + digits + 3 + 10 + 3) - (max(5, label_width) + 3 if label_width else 0) - 1
+        table.add_column("", no_wrap=True)
+        table.add_column("train", no_wrap=True, justify="right", width=digits)
+        table.add_column("score", no_wrap=True, justify="right", width=10)
+        if label_width:
+            table.add_column("label", no_wrap=True)
+        table.add_column("text", no_wrap=True)
         for side, index, score, labels, text in rows:
             cells = [Text(side, style="green" if side == "+" else "red"), Text(str(index)), Text(f"{score:+.4g}")]
-            table.add_row(*cells, *([Text(labels)] if labelled else []), Text(_one_line(text, 400)))
+            line = Text(_one_line(text, 2000))
+            line.truncate(max(20, room), overflow="ellipsis")
+            table.add_row(*cells, *([Text(_one_line(labels, 20))] if label_width else []), line)
         self._out.print(table)
         self._out.print()
 

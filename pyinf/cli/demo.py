@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from pyinf.cli._terminal import Screen, guarded
 from pyinf.data.models import resolve_device
