@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ __all__ = ["Plan", "available_memory", "make_plan", "matmul_rate", "parse_bytes"
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 _DEFAULT_SHARE = 0.6
+_SIBLINGS = {"qkv": re.compile(r"(q|k|v|query|key|value)(_proj)?"), "gated": re.compile(r"(gate|up)_proj|w1|w3")}
 _FIXED_OVERHEAD = 64 << 20
 
 
@@ -203,8 +205,8 @@ def make_plan(
     sizes = [(layer.d_out, layer.columns) for layer in selection.layers]
     parameters = sum(o * i for o, i in sizes)
     in_widths = {}
-    for layer in selection.layers:  # layers that read one input are not known before the first pass; siblings of one size are
-        in_widths.setdefault((layer.name.rpartition(".")[0], layer.columns), layer.columns)
+    for layer in selection.layers:
+        in_widths.setdefault(_shared_input(layer.name, layer.columns), layer.columns)
     widths_in, widths_out = sum(in_widths.values()), sum(o for o, _ in sizes)
     free = available_memory(device)
     budget = memory_budget if memory_budget is not None else int(_DEFAULT_SHARE * free)
@@ -254,6 +256,15 @@ def make_plan(
             raise ResourceError(f"the run writes up to {_bytes(plan.disk_bytes)}, only {_bytes(disk_free)} are free; use another directory")
     _estimate_time(plan, sizes, in_widths, device, query_lengths, squares)
     return plan
+
+
+def _shared_input(name: str, columns: int) -> tuple[str, int]:
+    """Key of a layer's input: which layers read one input is not known before the first pass, but these do by their names."""
+    parent, _, own = name.rpartition(".")
+    for kind, pattern in _SIBLINGS.items():
+        if pattern.fullmatch(own):
+            return f"{parent}.{kind}", columns
+    return name, columns
 
 
 def _choose_cache(plan: Plan, cache: str, fisher: str, keep: bool, room: int, disk_free: int | None) -> None:
