@@ -126,4 +126,6 @@ class Scores:
         values: Any = tensors.get("values")
         if values is None and tensors:
             values = {name.removeprefix("module:"): value for name, value in tensors.items()}
+            order = [name for name in (manifest.get("meta") or {}).get("modules", ()) if name in values]
+            values = {name: values[name] for name in [*order, *(n for n in values if n not in order)]}
         return cls(values, manifest.get("certificate"), manifest.get("meta") or {}, kept)
