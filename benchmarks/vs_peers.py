@@ -39,7 +39,7 @@ from envs import ENVS, STAMP, python_of  # noqa: E402
 from envs import PEERS as PINS  # noqa: E402
 from inputs import DAMPING, SHAPES, Shape, make_inputs  # noqa: E402
 
-LIBRARIES = ("pyinf", "kronfluence", "bergson", "dattri_llm", "dattri_llm:memory")
+LIBRARIES = ("pyinf", "pyinf:no_cache", "kronfluence", "bergson", "dattri_llm", "dattri_llm:memory")
 CHECK = "kronfluence:all_but_last"  # once, untimed: the definition that bergson and dattri-llm share
 REFERENCE_SHAPES = ("tiny", "tiny_gpt2", "small_llama")  # where float64 gradients of every sequence are cheap enough
 MACHINE_BUSY = 0.15

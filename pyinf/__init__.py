@@ -1,4 +1,6 @@
-"""pyinf: which training data made the model say this? Influence functions for language models, uncompressed, on one GPU."""
+"""pyinf: which training data made the model say this? Influence functions for language models, uncompressed, on one
+GPU.
+"""
 
 from __future__ import annotations
 

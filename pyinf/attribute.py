@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,7 +62,8 @@ class Attributor:
         model: any ``nn.Module`` that the task can run; nothing of it is changed after a call.
         method: a key of ``pyinf.methods()``.
         task: the training loss and the measurement; :class:`pyinf.CausalLM` by default.
-        modules: which layers (None: every supported layer in the blocks; a glob, a list, or a predicate on (name, module)).
+        modules: which layers (None: every supported layer in the blocks; a glob, a list, or a predicate on (name,
+            module)).
         damping: ``λ = damping · mean(Λ)`` per layer, or λ itself with ``damping_mode="absolute"``.
         fisher: ``"sampled"`` (labels drawn from the model, the true Fisher) or ``"empirical"`` (the data's labels).
         device, dtype: move the model there for the time of each call; None: as it is.
@@ -97,13 +99,17 @@ class Attributor:
         self.method = _methods.get(method)
         check_damping(damping, damping_mode)
         if fisher not in ("sampled", "empirical"):
-            raise ConfigError(f"unknown fisher '{fisher}'; use 'sampled' (true Fisher) or 'empirical' (the data's labels)")
+            raise ConfigError(
+                f"unknown fisher '{fisher}'; use 'sampled' (true Fisher) or 'empirical' (the data's labels)"
+            )
         unknown = sorted(set(method_options) - set(_OPTIONS))
         if unknown:
             raise ConfigError(f"unknown option '{unknown[0]}' for method '{method}'; available: {', '.join(_OPTIONS)}")
         self.options = {**_OPTIONS, **method_options}
         if self.options["eigensolver"] not in EIGENSOLVERS:
-            raise ConfigError(f"unknown eigensolver '{self.options['eigensolver']}'; choose one of {', '.join(EIGENSOLVERS)}")
+            raise ConfigError(
+                f"unknown eigensolver '{self.options['eigensolver']}'; choose one of {', '.join(EIGENSOLVERS)}"
+            )
         self.query_rank = parse_rank(self.options["query_rank"])
         if backend is not None:
             with ops.use_backend(backend):
@@ -122,7 +128,9 @@ class Attributor:
         self._keep_captured = False
         if self.method.kind == "gradient":
             if not any(True for _ in model.parameters()):
-                raise ModelError("the model has no parameters; give a transformers model or an nn.Module with nn.Linear layers")
+                raise ModelError(
+                    "the model has no parameters; give a transformers model or an nn.Module with nn.Linear layers"
+                )
             with self._placed():
                 pass  # an impossible device is an error now
             self.selection = select_layers(model, modules)
@@ -229,6 +237,7 @@ class Attributor:
             if (home / "factors" / artifacts.MANIFEST_NAME).exists():
                 self.load_factors(home / "factors")
                 progress.note(f"factors found in {home / 'factors'}; not fitted again")
+                shutil.rmtree(home / "state", ignore_errors=True)
                 return self
         with self._backend():
             factors = self._run.fit(
@@ -249,11 +258,10 @@ class Attributor:
         self.factors = factors
         if home is not None:
             artifacts.check_free_disk(home, factors.nbytes, "the factors")
+            if (home / "factors").exists():
+                artifacts.remove_stale_temporaries(home / "factors")
             factors.save(home / "factors")
-            state = home / "state"
-            for path in state.glob("*"):
-                path.unlink(missing_ok=True)
-            state.rmdir()
+            shutil.rmtree(home / "state", ignore_errors=True)
         return self
 
     @_at_home
@@ -266,7 +274,9 @@ class Attributor:
         device = next(self.model.parameters()).device
         factors = Factors.load(directory, device)
         if factors.kind != self.method.factors:
-            raise ArtifactError(f"{directory} holds {factors.kind} factors, method '{self.method.name}' needs {self.method.factors}")
+            raise ArtifactError(
+                f"{directory} holds {factors.kind} factors, method '{self.method.name}' needs {self.method.factors}"
+            )
         expected = {layer.name: [layer.d_out, layer.columns] for layer in self.selection.layers}
         found = {name: list(layer.corrected.shape) for name, layer in factors.layers.items()}
         if expected != found:
@@ -319,7 +329,9 @@ class Attributor:
         request = ScoreRequest(granularity, per_module, topk, values, self.damping_mode, self.query_rank)
         check_request(request, self.method)
         if self.method.factors is not None and self.factors is None:
-            raise ConfigError(f"method '{self.method.name}' needs factors; call fit(train) first, or load_factors(directory)")
+            raise ConfigError(
+                f"method '{self.method.name}' needs factors; call fit(train) first, or load_factors(directory)"
+            )
         train_data, query_data = self._prepare(train, "train"), self._prepare(queries, "queries")
         if self.method.factors is None:  # no curvature, no damping
             request.dampings = values[:1]
@@ -426,7 +438,9 @@ class Attributor:
                     try:
                         moved = tensor.data.to(device=self.device, dtype=dtype)
                     except (RuntimeError, AssertionError) as error:
-                        raise ConfigError(f"cannot move the model to device={self.device}, dtype={self.dtype}: {error}") from None
+                        raise ConfigError(
+                            f"cannot move the model to device={self.device}, dtype={self.dtype}: {error}"
+                        ) from None
                     if moved is not tensor.data and (moved.dtype, moved.device) != (tensor.dtype, tensor.device):
                         kept.append((tensor, tensor.data))
                         tensor.data = moved
@@ -523,7 +537,8 @@ def attribute(
     seed: int = 0,
     **method_options: Any,
 ) -> Scores:
-    """Fit and score in one call; see :class:`Attributor`. What the layers see is captured once where the plan allows it.
+    """Fit and score in one call; see :class:`Attributor`. What the layers see is captured once where the plan allows
+    it.
 
     Returns:
         :class:`pyinf.Scores` with ``values`` ``[Q, N]``; positive = a proponent.

@@ -41,7 +41,9 @@ def parse_bytes(value: int | float | str | None) -> int | None:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on ``device``: free device memory, or the least of free RAM and the cgroup's limit."""
+    """Bytes that can still be taken on ``device``: free device memory, or the least of free RAM and the cgroup's
+    limit.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = []
@@ -123,8 +125,14 @@ class Plan:
         """Label and value, one pair a line."""
         blocks = -(-self.queries // max(1, self.query_block)) if self.queries else 0
         out = [
-            ("layers traced", f"{self.layers} ({100 * self.share:.1f} % of {_count(self.total_parameters)} parameters)"),
-            ("training set", f"{self.train_sequences:,} sequences, {_count(self.train_tokens)} tokens, {self.batches} batches"),
+            (
+                "layers traced",
+                f"{self.layers} ({100 * self.share:.1f} % of {_count(self.total_parameters)} parameters)",
+            ),
+            (
+                "training set",
+                f"{self.train_sequences:,} sequences, {_count(self.train_tokens)} tokens, {self.batches} batches",
+            ),
         ]
         if self.queries:
             kept = "dense" if self.query_rank is None else f"rank {self.query_rank}"
@@ -223,13 +231,27 @@ def make_plan(
         rank_cost = sum(min(query_rank, o, i) * (o + i) for o, i in sizes)
     per_query = wide * rank_cost * max(1, dampings)
     plan = Plan(
-        len(selection.layers), selection.traced_parameters, selection.total_parameters, len(train_lengths), tokens, queries,
-        token_budget, batch_size, batches, 0, 0, 0, query_rank, memory, budget,
-    )  # fmt: skip
+        layers=len(selection.layers),
+        traced_parameters=selection.traced_parameters,
+        total_parameters=selection.total_parameters,
+        train_sequences=len(train_lengths),
+        train_tokens=tokens,
+        queries=queries,
+        token_budget=token_budget,
+        batch_size=batch_size,
+        batches=batches,
+        fit_passes=0,
+        score_passes=0,
+        query_block=0,
+        query_rank=query_rank,
+        memory=memory,
+        memory_budget=budget,
+    )
     room = budget - sum(memory.values()) - _FIXED_OVERHEAD
     if room < per_query and queries:
         raise ResourceError(
-            f"the plan needs {_bytes(sum(memory.values()) + _FIXED_OVERHEAD + per_query)} for one query at a time, the budget is "
+            f"the plan needs {_bytes(sum(memory.values()) + _FIXED_OVERHEAD + per_query)} for one "
+            f"query at a time, the budget is "
             f"{_bytes(budget)}; lower the batch size, trace fewer layers (modules=) or set query_rank"
         )
     if not queries and room < 0:
@@ -243,7 +265,8 @@ def make_plan(
         plan.score_passes = -(-queries // plan.query_block)
         if plan.score_passes > 1:
             plan.notes.append(
-                f"{queries} queries need {_bytes(queries * per_query)}; {plan.query_block} at a time, {plan.score_passes} passes "
+                f"{queries} queries need {_bytes(queries * per_query)}; {plan.query_block} at a "
+                f"time, {plan.score_passes} passes "
                 "over the training set (a query_rank makes them smaller)"
             )
     plan.fit_passes = 0 if fitted else {"ekfac": 2, "kfac": 1, "diagonal": 1, None: 0}[factors]
@@ -253,13 +276,18 @@ def make_plan(
     if to_disk:
         plan.disk_bytes = 2 * memory.get("factors", 0) + 4 * queries * len(train_lengths) + plan.cache_disk
         if disk_free is not None and plan.disk_bytes > disk_free:
-            raise ResourceError(f"the run writes up to {_bytes(plan.disk_bytes)}, only {_bytes(disk_free)} are free; use another directory")
+            raise ResourceError(
+                f"the run writes up to {_bytes(plan.disk_bytes)}, only {_bytes(disk_free)} are "
+                f"free; use another directory"
+            )
     _estimate_time(plan, sizes, in_widths, device, query_lengths, squares)
     return plan
 
 
 def _shared_input(name: str, columns: int) -> tuple[str, int]:
-    """Key of a layer's input: which layers read one input is not known before the first pass, but these do by their names."""
+    """Key of a layer's input: which layers read one input is not known before the first pass, but these do by their
+    names.
+    """
     parent, _, own = name.rpartition(".")
     for kind, pattern in _SIBLINGS.items():
         if pattern.fullmatch(own):
@@ -283,13 +311,18 @@ def _choose_cache(plan: Plan, cache: str, fisher: str, keep: bool, room: int, di
     share = kept / max(1, plan.capture_bytes)
     if share >= 1:
         where = "memory" if plan.cache_memory else "scratch files"
-        plan.notes.append(f"what the layers see ({_bytes(plan.capture_bytes)}) stays in {where}: one model pass serves {shared}")
+        plan.notes.append(
+            f"what the layers see ({_bytes(plan.capture_bytes)}) stays in {where}: one model pass serves {shared}"
+        )
     elif kept:
         plan.notes.append(
-            f"{100 * share:.0f} % of what the layers see ({_bytes(plan.capture_bytes)}) is kept for {shared}; the rest is run again"
+            f"{100 * share:.0f} % of what the layers see ({_bytes(plan.capture_bytes)}) is kept for "
+            f"{shared}; the rest is run again"
         )
     else:
-        plan.notes.append(f"what the layers see ({_bytes(plan.capture_bytes)}) does not fit; the model runs again for every stage")
+        plan.notes.append(
+            f"what the layers see ({_bytes(plan.capture_bytes)}) does not fit; the model runs again for every stage"
+        )
 
 
 def _choose_basis(
@@ -297,7 +330,8 @@ def _choose_basis(
 ) -> None:
     """Rotate the queries back, or meet the training set in the eigenbases: whichever has fewer FLOPs.
 
-    Back: ``2·d_out·d_in(d_out + d_in)`` a query and layer. There: ``2(d_in² + d_out²)`` a training token and layer, nothing
+    Back: ``2·d_out·d_in(d_out + d_in)`` a query and layer. There: ``2(d_in² + d_out²)`` a training token and layer,
+    nothing
     for tokens that the Λ pass left rotated in the cache.
     """
     if factors not in ("ekfac", "kfac") or rank is not None or not plan.queries:
@@ -307,11 +341,18 @@ def _choose_basis(
     there = 2.0 * (1.0 - kept) * plan.train_tokens * plan.score_passes * squares
     plan.score_rotated = there < back
     if plan.score_rotated:
-        plan.notes.append("scores are formed in the eigenbases: rotating the training side costs less than rotating the queries back")
+        plan.notes.append(
+            "scores are formed in the eigenbases: rotating the training side costs less than rotating the queries back"
+        )
 
 
 def _estimate_time(
-    plan: Plan, sizes: list[tuple[int, int]], in_widths: dict, device: torch.device, query_lengths: list[int], squares: int
+    plan: Plan,
+    sizes: list[tuple[int, int]],
+    in_widths: dict,
+    device: torch.device,
+    query_lengths: list[int],
+    squares: int,
 ) -> None:
     share = 1 - (plan.cache_memory + plan.cache_disk) / max(1, plan.capture_bytes)
     parameters = sum(o * i for o, i in sizes)
@@ -326,6 +367,8 @@ def _estimate_time(
         flops["lambda"] = 2.0 * plan.train_tokens * (squares + parameters)
     if plan.queries:
         flops["queries"] += 2.0 * plan.queries * sum(o * i * (o + i) for o, i in sizes) * bool(plan.fit_passes)
-        flops["scores"] = 2.0 * parameters * (plan.train_tokens * plan.score_passes + plan.queries * plan.train_sequences)
+        flops["scores"] = (
+            2.0 * parameters * (plan.train_tokens * plan.score_passes + plan.queries * plan.train_sequences)
+        )
     plan.flops = flops
     plan.seconds = sum(flops.values()) / (0.6 * matmul_rate(device))

@@ -1,4 +1,6 @@
-"""Progress events: the library reports stages, a sink (the command line's, a notebook's) shows them. Silent by default."""
+"""Progress events: the library reports stages, a sink (the command line's, a notebook's) shows them. Silent by
+default.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +23,7 @@ class Stage:
         self.seconds = 0.0
 
     def advance(self, amount: float) -> None:
+        """A stage came further."""
         self.done += amount
         self._sink.advance(self)
 
@@ -28,29 +31,33 @@ class Stage:
 class Sink(Protocol):
     """Where stages are shown."""
 
-    def start(self, stage: Stage) -> None: ...
+    def start(self, stage: Stage) -> None:
+        """A stage begins."""
 
-    def advance(self, stage: Stage) -> None: ...
+    def advance(self, stage: Stage) -> None:
+        """A stage came further."""
 
-    def end(self, stage: Stage) -> None: ...
+    def end(self, stage: Stage) -> None:
+        """A stage ended."""
 
-    def note(self, text: str) -> None: ...
+    def note(self, text: str) -> None:
+        """One line to whoever watches."""
 
 
 class NullSink:
     """Shows nothing."""
 
     def start(self, stage: Stage) -> None:
-        pass
+        """A stage begins."""
 
     def advance(self, stage: Stage) -> None:
-        pass
+        """A stage came further."""
 
     def end(self, stage: Stage) -> None:
-        pass
+        """A stage ended."""
 
     def note(self, text: str) -> None:
-        pass
+        """One line to whoever watches."""
 
 
 _sink: contextvars.ContextVar[Sink] = contextvars.ContextVar("pyinf_progress_sink", default=NullSink())  # noqa: B039

@@ -36,7 +36,9 @@ _CHUNK_ELEMENTS = 1 << 19
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Σ −log softmax(z)[y] with the gradient formed in the forward, chunk by chunk, in the logits' own memory if allowed."""
+    """Σ −log softmax(z)[y] with the gradient formed in the forward, chunk by chunk, in the logits' own memory if
+    allowed.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, overwrite: bool) -> Tensor:
@@ -102,7 +104,9 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor, overwrite: bool = False
 
 
 def _uniforms(keys: list[int], length: int, seed: int, device: torch.device) -> Tensor:
-    """One uniform per position, a function of (seed, key of the example, position): batches, order and padding do not matter."""
+    """One uniform per position, a function of (seed, key of the example, position): batches, order and padding do not
+    matter.
+    """
     generator = torch.Generator()
     rows = []
     for key in keys:
@@ -126,7 +130,8 @@ def _draw(logits: Tensor, uniforms: Tensor) -> Tensor:
 class Task:
     """A training loss and a measurement. Subclass it, or use :class:`CausalLM` and friends.
 
-    Both methods get the model and a batch of tensors (``input_ids``, ``labels``, possibly ``attention_mask``, ``index``:
+    Both methods get the model and a batch of tensors (``input_ids``, ``labels``, possibly ``attention_mask``,
+    ``index``:
     the example numbers, ``draw``: a key of each example's content for random draws) and return a differentiable scalar
     that is a **sum over the batch's sequences** in which no sequence depends on another.
 
@@ -141,7 +146,9 @@ class Task:
 
     @property
     def measures_labels(self) -> bool:
-        """Whether a query without labels measures nothing: so with the training loss, not with a measurement of its own."""
+        """Whether a query without labels measures nothing: so with the training loss, not with a measurement of its
+        own.
+        """
         return type(self).measurement is Task.measurement
 
     def train_loss(self, model: nn.Module, batch: Batch, sample: bool = False) -> Tensor:
@@ -189,13 +196,18 @@ class CausalLM(Task):
     shifted = True
 
     def train_loss(self, model: nn.Module, batch: Batch, sample: bool = False) -> Tensor:
+        """Summed training loss; see :meth:`Task.train_loss`."""
         labels = batch["labels"]
         if labels.dim() != 2:
-            raise DataError("a language-modelling loss needs one label a token; use task=SequenceClassification() for one label a sequence")
+            raise DataError(
+                "a language-modelling loss needs one label a token; use "
+                "task=SequenceClassification() for one label a sequence"
+            )
         logits = _logits(model, batch, use_cache=False)
         if logits.dim() != 3 or logits.shape[:2] != labels.shape:
             raise ModelError(
-                f"next-token prediction needs [batch, positions, vocabulary] logits for {tuple(labels.shape)} tokens, the model "
+                f"next-token prediction needs [batch, positions, vocabulary] logits for "
+                f"{tuple(labels.shape)} tokens, the model "
                 f"returned {tuple(logits.shape)}; load it with AutoModelForCausalLM or give the matching task"
             )
         targets = torch.full_like(labels, IGNORE)
@@ -216,11 +228,14 @@ class LogOdds(CausalLM):
     """
 
     name = "log-odds"
-    fields: Mapping[str, int] = {"other_input_ids": 0, "other_labels": IGNORE, "other_attention_mask": 0}  # noqa: RUF012
+    fields: Mapping[str, int] = {"other_input_ids": 0, "other_labels": IGNORE, "other_attention_mask": 0}
 
     def measurement(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What is attributed on a query; see :meth:`Task.measurement`."""
         if batch.get("other_input_ids") is None:
-            raise ConfigError("LogOdds needs other_input_ids and other_labels in every query; add the second continuation")
+            raise ConfigError(
+                "LogOdds needs other_input_ids and other_labels in every query; add the second continuation"
+            )
         mine = self.train_loss(model, batch)
         ids, labels = batch["other_input_ids"], batch["other_labels"]
         mask = batch.get("other_attention_mask")
@@ -229,13 +244,18 @@ class LogOdds(CausalLM):
 
 
 class SequenceClassification(Task):
-    """Classification of a whole sequence: cross-entropy of ``labels`` ``[B]`` under the model's ``[B, classes]`` logits."""
+    """Classification of a whole sequence: cross-entropy of ``labels`` ``[B]`` under the model's ``[B, classes]``
+    logits.
+    """
 
     name = "sequence-classification"
 
     def train_loss(self, model: nn.Module, batch: Batch, sample: bool = False) -> Tensor:
+        """Summed training loss; see :meth:`Task.train_loss`."""
         if batch["labels"].dim() != 1:
-            raise DataError("sequence classification needs one integer label an example; give every example a 'labels' field")
+            raise DataError(
+                "sequence classification needs one integer label an example; give every example a 'labels' field"
+            )
         logits = _logits(model, batch)
         if logits.dim() != 2:
             raise ModelError(
@@ -246,7 +266,10 @@ class SequenceClassification(Task):
         odd = ((labels >= logits.shape[1]) | ((labels < 0) & (labels != IGNORE))).nonzero()
         if odd.numel():
             row = int(odd[0])
-            raise DataError(f"example {int(batch['index'][row])} has label {int(labels[row])}, the model has {logits.shape[1]} classes")
+            raise DataError(
+                f"example {int(batch['index'][row])} has label {int(labels[row])}, the model has "
+                f"{logits.shape[1]} classes"
+            )
         if sample:
             draw = _draw(logits, _uniforms(batch["draw"].tolist(), 1, self.seed, logits.device).squeeze(1))
             labels = torch.where(labels != IGNORE, draw, labels)

@@ -52,10 +52,12 @@ class LayerSelection:
 
     @property
     def names(self) -> list[str]:
+        """Names of the layers."""
         return [layer.name for layer in self.layers]
 
     @property
     def traced_parameters(self) -> int:
+        """Parameters of the traced layers."""
         return sum(layer.numel for layer in self.layers)
 
     @property
@@ -103,7 +105,8 @@ def select_layers(model: nn.Module, modules: Modules = None) -> LayerSelection:
 
     Args:
         model: any module; nothing of it is changed.
-        modules: None (every supported layer inside the model's blocks, not the embedding, not the head; for a PEFT model
+        modules: None (every supported layer inside the model's blocks, not the embedding, not the head; for a PEFT
+            model
             its LoRA A and B matrices), a glob, a list of globs or exact names, or a predicate on (name, module).
 
     Returns:
@@ -181,7 +184,9 @@ def _nothing_matched(supported: dict[str, nn.Module], modules: Modules) -> str:
     if not supported:
         return "the model has no layer that can be traced (nn.Linear, transformers Conv1D or PEFT LoRA)"
     wanted = "the predicate" if callable(modules) else repr(modules)
-    pattern = modules if isinstance(modules, str) else (next(iter(modules), "") if isinstance(modules, (list, tuple)) else "")
+    pattern = (
+        modules if isinstance(modules, str) else (next(iter(modules), "") if isinstance(modules, (list, tuple)) else "")
+    )
     near = difflib.get_close_matches(str(pattern).replace("*", ""), supported, n=3, cutoff=0.2) or list(supported)[:3]
     return f"no layer matched {wanted}; nearest names: {', '.join(near)}"
 
@@ -206,7 +211,9 @@ def _warn_untraced(selection: LayerSelection) -> None:
     heavy = {k: n for k, n in selection.untraced.items() if n > 0.001 * selection.total_parameters}
     if heavy:
         share = 100 * sum(heavy.values()) / selection.total_parameters
-        listed = ", ".join(f"{kind} ({100 * n / selection.total_parameters:.1f} %)" for kind, n in sorted(heavy.items()))
+        listed = ", ".join(
+            f"{kind} ({100 * n / selection.total_parameters:.1f} %)" for kind, n in sorted(heavy.items())
+        )
         warnings.warn(
             f"{share:.1f} % of the parameters stand in block layers that cannot be traced: {listed}; "
             "scores leave them out",

@@ -7,6 +7,7 @@ layers, so nothing below them is differentiated. Everything of the user's model 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,8 @@ class Consumer:
     """What is done with a layer's captured factors, as they appear during the backward.
 
     ``a`` ``[N, d_in]`` and ``g`` ``[N, d_out]`` hold counted positions, sequence after sequence; ``offsets`` ``[B+1]``.
-    ``group`` names the input that layers share; ``first`` is true for the first layer of the group in this batch. ``rotated``
+    ``group`` names the input that layers share; ``first`` is true for the first layer of the group in this batch.
+    ``rotated``
     says that the factors come in the layers' eigenbases, which only a replay of what :meth:`take_rotated` gave can.
     """
 
@@ -43,12 +45,15 @@ class Consumer:
 
 @dataclass
 class InputGroups:
-    """Which layers read the very same input tensor (q, k, v; gate, up). Learnt from the first batch, held to afterwards."""
+    """Which layers read the very same input tensor (q, k, v; gate, up). Learnt from the first batch, held to
+    afterwards.
+    """
 
     of_layer: dict[str, str] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
+        """Names of the layers."""
         return list(dict.fromkeys(self.of_layer.values()))
 
     def learn(self, layer_inputs: dict[str, tuple[int, bool]]) -> None:
@@ -79,10 +84,13 @@ class _Call:
 class TracingSession:
     """Context in which the model is frozen, in eval mode and hooked; :meth:`run` makes one traced pass over a batch.
 
-    On exit, also after an exception, hooks are gone and ``requires_grad``, train/eval modes and ``.grad`` are as before.
+    On exit, also after an exception, hooks are gone and ``requires_grad``, train/eval modes and ``.grad`` are as
+    before.
     """
 
-    def __init__(self, model: nn.Module, selection: LayerSelection, task: Task, groups: InputGroups | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, selection: LayerSelection, task: Task, groups: InputGroups | None = None
+    ) -> None:
         self.model, self.selection, self.task = model, selection, task
         self.groups = groups if groups is not None else InputGroups()
         parameter = next(model.parameters(), None)
@@ -108,9 +116,11 @@ class TracingSession:
         self._saved_requires = [(p, p.requires_grad) for p in self.model.parameters()]
         self._saved_training = [(m, m.training) for m in self.model.modules()]
         try:
-            # Hooks that hand tensors out do not belong in a compiled graph.
-            self._stance = torch.compiler.set_stance("force_eager")
-            self._stance.__enter__()
+            if "torch._dynamo" in sys.modules:
+                # Hooks that hand tensors out do not belong in a compiled graph. Without dynamo nothing is compiled, and
+                # loading it for this costs seconds and a hundred megabytes.
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
             for parameter, _ in self._saved_requires:
                 parameter.requires_grad_(False)
             self.model.eval()
@@ -147,7 +157,9 @@ class TracingSession:
         if callable(getter):
             with contextlib.suppress(NotImplementedError, AttributeError):
                 found = getter()
-        return found if found is not None else next((m for m in self.model.modules() if isinstance(m, nn.Embedding)), None)
+        return (
+            found if found is not None else next((m for m in self.model.modules() if isinstance(m, nn.Embedding)), None)
+        )
 
     def _embedding_hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         # Reentrant checkpointing needs an input that carries grad; otherwise the graph starts later and costs less.
@@ -197,7 +209,9 @@ class TracingSession:
 
     def _arrived(self, layer: Layer, call: _Call, grad: Tensor) -> None:
         if call.inputs._version != call.version:
-            raise ModelError(f"the input of layer '{layer.name}' was changed in place after the layer read it; it cannot be traced")
+            raise ModelError(
+                f"the input of layer '{layer.name}' was changed in place after the layer read it; it cannot be traced"
+            )
         pending = self._pending.setdefault(layer.name, [])
         pending.append((call.inputs, grad))
         if len(pending) == len(self._calls[layer.name]) and not self._in_reentrant():
@@ -220,7 +234,8 @@ class TracingSession:
                 "trace them in separate runs with modules="
             )
         self._delivered.add(group)
-        # One read of g: any NaN or infinity survives a sum. Judged once a batch, so that a GPU is not stopped per layer.
+        # One read of g: any NaN or infinity survives a sum. Judged once a batch, so that a GPU is not stopped per
+        # layer.
         wide = torch.float64 if g.dtype == torch.float64 else torch.float32
         self._sums[layer.name] = g.sum(dtype=wide)
         if first:
@@ -250,7 +265,8 @@ class TracingSession:
         flat_a, flat_g = a.reshape(-1, layer.d_in), g.reshape(-1, layer.d_out)
         if a.dim() >= 3 and a.shape[0] != size and a.shape[1] == size and flat_a.shape[0] == size * longest:
             raise ModelError(
-                f"layer '{layer.name}' reads inputs of shape {tuple(a.shape)}, positions before sequences; only batch-first layers "
+                f"layer '{layer.name}' reads inputs of shape {tuple(a.shape)}, positions before "
+                f"sequences; only batch-first layers "
                 "can be traced: leave it out with modules="
             )
         if flat_a.shape[0] == size * longest:
@@ -266,7 +282,8 @@ class TracingSession:
             per = flat_a.shape[0] // size
             return flat_a, flat_g, torch.arange(size + 1, dtype=torch.int64) * per
         raise ModelError(
-            f"layer '{layer.name}' was called with inputs of shape {tuple(a.shape)}, whose rows cannot be assigned to the "
+            f"layer '{layer.name}' was called with inputs of shape {tuple(a.shape)}, whose rows "
+            f"cannot be assigned to the "
             f"{size} sequences of {longest} positions (a routed expert?); leave it out with modules="
         )
 
@@ -345,7 +362,9 @@ class TracingSession:
 
     def _check_loss(self, value: Tensor, batch: TokenBatch) -> None:
         if value.dim() != 0:
-            raise ModelError(f"the task returned a loss of shape {tuple(value.shape)}; it must be one scalar, summed over the batch")
+            raise ModelError(
+                f"the task returned a loss of shape {tuple(value.shape)}; it must be one scalar, summed over the batch"
+            )
         if bool(torch.isfinite(value)):
             return
         for name, calls in self._calls.items():
@@ -379,7 +398,9 @@ class TracingSession:
                 self._deliver(layer)
         what = "input" if inputs else "gradient at the output"
         example = "" if finder.example is None else f" for example {finder.example}"
-        raise NonFiniteError(f"the {what} of layer '{finder.name}' is not finite{example}; run the model in a wider dtype")
+        raise NonFiniteError(
+            f"the {what} of layer '{finder.name}' is not finite{example}; run the model in a wider dtype"
+        )
 
 
 def _first_bad_row(values: Tensor, batch: TokenBatch) -> int | None:
@@ -420,6 +441,7 @@ class CapturedBatch:
 
     @property
     def nbytes(self) -> int:
+        """Bytes held."""
         return sum(t.numel() * t.element_size() for part in (self.inputs, self.grads) for t in part.values())
 
 
@@ -430,6 +452,7 @@ class Recorder(Consumer):
         self.captured, self._then = CapturedBatch(), then
 
     def consume(self, layer: Layer, group: str, first: bool, a: Tensor, g: Tensor, offsets: Tensor) -> None:
+        """Take one layer of one batch."""
         if first:
             self.captured.inputs[group] = a
         self.captured.grads[layer.name] = g

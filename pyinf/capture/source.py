@@ -19,7 +19,9 @@ __all__ = ["CaptureCache", "PassSource"]
 
 
 class CaptureCache:
-    """Keeps captured batches in memory up to a budget, then in scratch files up to another. What fits neither is re-run."""
+    """Keeps captured batches in memory up to a budget, then in scratch files up to another. What fits neither is
+    re-run.
+    """
 
     def __init__(self, memory_budget: int, disk_budget: int = 0, directory: str | None = None) -> None:
         self.memory_budget, self.disk_budget = memory_budget, disk_budget

@@ -14,7 +14,15 @@ from torch import Tensor
 from pyinf import artifacts, ops
 from pyinf.errors import ArtifactError, ConfigError, NonFiniteError
 
-__all__ = ["FACTORS_FORMAT", "FACTORS_VERSION", "Factors", "InputFactor", "LayerFactor", "absolute_damping", "check_damping"]
+__all__ = [
+    "FACTORS_FORMAT",
+    "FACTORS_VERSION",
+    "Factors",
+    "InputFactor",
+    "LayerFactor",
+    "absolute_damping",
+    "check_damping",
+]
 
 FACTORS_FORMAT = "pyinf.factors"
 FACTORS_VERSION = 1
@@ -48,7 +56,9 @@ def absolute_damping(eigenvalues: Tensor, damping: float, mode: str, name: str =
 
 @dataclass
 class InputFactor:
-    """Factor of one layer input, ``A = E[a aᵀ] = U diag(d) Uᵀ`` over counted positions; shared by all layers that read it."""
+    """Factor of one layer input, ``A = E[a aᵀ] = U diag(d) Uᵀ`` over counted positions; shared by all layers that read
+    it.
+    """
 
     basis: Tensor | None
     eigenvalues: Tensor | None
@@ -63,7 +73,9 @@ class InputFactor:
 
 @dataclass
 class LayerFactor:
-    """A layer's output-gradient factor ``S = E[g gᵀ]`` and its eigenvalues ``Λ`` ``[d_out, d_in(+1)]`` (mean over sequences)."""
+    """A layer's output-gradient factor ``S = E[g gᵀ]`` and its eigenvalues ``Λ`` ``[d_out, d_in(+1)]`` (mean over
+    sequences).
+    """
 
     group: str
     basis: Tensor | None
@@ -83,8 +95,10 @@ class LayerFactor:
 class Factors:
     """Everything :meth:`ihvp` needs, for all layers.
 
-    ``inputs`` holds one :class:`InputFactor` per distinct layer input, ``layers`` one :class:`LayerFactor` per layer. With
-    ``kind`` ``ekfac`` the eigenvalues are corrected (George et al. 2018), with ``kfac`` they are the outer product of the
+    ``inputs`` holds one :class:`InputFactor` per distinct layer input, ``layers`` one :class:`LayerFactor` per layer.
+    With
+    ``kind`` ``ekfac`` the eigenvalues are corrected (George et al. 2018), with ``kfac`` they are the outer product of
+    the
     factors' own times the mean sequence length, with ``diagonal`` the bases are the identity.
     """
 
@@ -95,11 +109,14 @@ class Factors:
     tokens: int
     meta: dict[str, Any] = field(default_factory=dict)
 
-    def ihvp(self, vectors: Mapping[str, Tensor], damping: float = 0.1, damping_mode: str = "relative") -> dict[str, Tensor]:
+    def ihvp(
+        self, vectors: Mapping[str, Tensor], damping: float = 0.1, damping_mode: str = "relative"
+    ) -> dict[str, Tensor]:
         """Inverse-Hessian-vector products ``U_S[(U_Sᵀ V U_A) ⊘ (Λ + λ)]U_Aᵀ``, layer by layer.
 
         Args:
-            vectors: layer name → ``[Q, d_out, d_in(+1)]`` (or one ``[d_out, d_in(+1)]``); with a bias the last column is its.
+            vectors: layer name → ``[Q, d_out, d_in(+1)]`` (or one ``[d_out, d_in(+1)]``); with a bias the last column
+                is its.
             damping: ``λ = damping · mean(Λ)`` per layer, or λ itself with ``damping_mode="absolute"``.
 
         Returns:
@@ -113,10 +130,14 @@ class Factors:
         out = {}
         for name, V in vectors.items():
             if name not in self.layers:
-                raise ConfigError(f"no factors for layer '{name}'; these have been fitted: {', '.join(list(self.layers)[:4])}, …")
+                raise ConfigError(
+                    f"no factors for layer '{name}'; these have been fitted: {', '.join(list(self.layers)[:4])}, …"
+                )
             layer = self.layers[name]
             if V.dim() not in (2, 3) or V.shape[-2:] != layer.corrected.shape:
-                raise ConfigError(f"'{name}' takes [Q, {', '.join(map(str, layer.corrected.shape))}], got {tuple(V.shape)}")
+                raise ConfigError(
+                    f"'{name}' takes [Q, {', '.join(map(str, layer.corrected.shape))}], got {tuple(V.shape)}"
+                )
             lam = absolute_damping(layer.corrected, damping, damping_mode, name)
             work = V.to(layer.corrected.dtype).reshape(-1, *layer.corrected.shape)
             X = ops.precondition(work, layer.basis, self.inputs[layer.group].basis, layer.corrected, lam)
@@ -199,7 +220,9 @@ class Factors:
                 file = artifacts.resolve_file(path, entry["file"])
                 tensors = artifacts.load_tensors(file, files[entry["file"]])
                 if list(tensors["corrected"].shape) != entry["shape"] or entry["group"] not in inputs:
-                    raise ArtifactError(f"{file}: shape or input group does not match the manifest; fit the factors again")
+                    raise ArtifactError(
+                        f"{file}: shape or input group does not match the manifest; fit the factors again"
+                    )
                 layers[name] = LayerFactor(
                     entry["group"],
                     tensors.get("basis"),
@@ -219,7 +242,9 @@ class Factors:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, ArtifactError):
                 raise
-            raise ArtifactError(f"{path}: the manifest lacks or garbles a field ({error}); fit the factors again") from None
+            raise ArtifactError(
+                f"{path}: the manifest lacks or garbles a field ({error}); fit the factors again"
+            ) from None
         return factors.to(torch.device(device))
 
 

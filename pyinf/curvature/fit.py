@@ -1,4 +1,6 @@
-"""Fitting the factors: covariances, eigenbases, corrected eigenvalues. Streaming, resumable, bit-identical when resumed."""
+"""Fitting the factors: covariances, eigenbases, corrected eigenvalues. Streaming, resumable, bit-identical when
+resumed.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,18 @@ from pyinf.capture import CapturedBatch, Consumer, Layer, LayerSelection, PassSo
 from pyinf.checkpoint import Checkpoint
 from pyinf.curvature.eigen import eigenbasis
 from pyinf.curvature.factors import Factors, InputFactor, LayerFactor
-from pyinf.curvature.rotate import input_rows, rotate_input, rotate_output, rotated_gradients, rotation_is_first, working
+from pyinf.curvature.rotate import (
+    input_rows,
+    rotate_input,
+    rotate_output,
+    rotated_gradients,
+    rotation_is_first,
+    working,
+)
 from pyinf.errors import ArtifactError, ModelError, NonFiniteError
 
 __all__ = ["fit_factors"]
+
 
 class _Covariances(Consumer):
     """Consumer: ``A += Σ a aᵀ`` per distinct input, ``S += Σ g gᵀ`` per layer; lower triangles."""
@@ -69,7 +79,9 @@ class _SquaredGradients(Consumer):
         return self
 
     def take_rotated(self) -> CapturedBatch | None:
-        """The batch in the eigenbases, if scores will want it so; None where a layer was rotated after the contraction."""
+        """The batch in the eigenbases, if scores will want it so; None where a layer was rotated after the
+        contraction.
+        """
         kept, self._kept = self._kept, None
         return kept
 
@@ -85,7 +97,9 @@ class _SquaredGradients(Consumer):
                 self.rows[f"A:{group}"] += a.shape[0]
             self.rows[f"S:{layer.name}"] += g.shape[0]
         tokens = g.shape[0] / max(1, offsets.numel() - 1)
-        both_first = U_A is None or (rotation_is_first(tokens, layer.d_out) and rotation_is_first(tokens, layer.columns))
+        both_first = U_A is None or (
+            rotation_is_first(tokens, layer.d_out) and rotation_is_first(tokens, layer.columns)
+        )
         if both_first:
             if group not in self._rotated:
                 self._rotated[group] = input_rows(a, layer.bias) if U_A is None else rotate_input(a, U_A, layer.bias)
@@ -203,7 +217,9 @@ def _covariance_pass(
 
 
 def _never_called(missing: list[str]) -> None:
-    raise ModelError(f"layer '{missing[0]}' was never called by the model ({len(missing)} such layers); leave it out with modules=")
+    raise ModelError(
+        f"layer '{missing[0]}' was never called by the model ({len(missing)} such layers); leave it out with modules="
+    )
 
 
 def _eigenbases(
@@ -249,7 +265,9 @@ def _lambda_pass(
     timings["lambda"] = timings.get("lambda", 0.0) + time.perf_counter() - started
     for name, Lam in squares.Lam.items():
         if not bool(torch.isfinite(Lam.sum())):
-            raise NonFiniteError(f"the corrected eigenvalues of layer '{name}' are not finite; run the model in a wider dtype")
+            raise NonFiniteError(
+                f"the corrected eigenvalues of layer '{name}' are not finite; run the model in a wider dtype"
+            )
     missing = [n for n in source.session.selection.names if n not in squares.Lam]
     if missing:
         _never_called(missing)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-__all__ = ["input_rows", "rotated_gradients", "rotate_input", "rotate_output", "rotation_is_first", "working"]
+__all__ = ["input_rows", "rotate_input", "rotate_output", "rotated_gradients", "rotation_is_first", "working"]
 
 
 def working(x: Tensor) -> Tensor:
-    """``x`` in the dtype its products are formed in: fp64 stays, everything else becomes fp32 (accumulation is never half)."""
+    """``x`` in the dtype its products are formed in: fp64 stays, everything else becomes fp32 (accumulation is never
+    half).
+    """
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
@@ -59,7 +62,7 @@ def rotated_gradients(
     right = input_rows(a, bias) if late_in else rotate_input(a, U_A, bias)
     out = left.new_empty(g.shape[1], columns)
     spare = torch.empty_like(out) if late_out or late_in else out
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(bounds):
         torch.mm(left[start:stop].T, right[start:stop], out=out)
         result, other = out, spare
         if late_out and U_S is not None:

@@ -24,7 +24,9 @@ _TOKEN_TYPES = {"token_type_ids": 0}
 
 @dataclass
 class TokenBatch:
-    """One padded batch on the device. ``rows`` picks the counted positions of the flattened ``[B·T]`` layout (None: all)."""
+    """One padded batch on the device. ``rows`` picks the counted positions of the flattened ``[B·T]`` layout (None:
+    all).
+    """
 
     indices: list[int]
     inputs: dict[str, Tensor]
@@ -60,10 +62,12 @@ class PreparedExamples:
 
     @property
     def lengths(self) -> list[int]:
+        """Positions of each sequence, holes in its mask included."""
         return [int(ids.numel()) for ids in self.input_ids]
 
     @property
     def counted(self) -> list[int]:
+        """Counted positions of each sequence."""
         return [int(ids.numel() if m is None else m.sum()) for ids, m in zip(self.input_ids, self.masks, strict=True)]
 
     @property
@@ -137,19 +141,23 @@ def prepare(
     """Check a dataset against the model and bring it into canonical form.
 
     Args:
-        examples: sized, indexable collection of mappings with ``input_ids``, optional ``labels`` (−100 = ignored; a scalar
+        examples: sized, indexable collection of mappings with ``input_ids``, optional ``labels`` (−100 = ignored; a
+            scalar
             for classification) and ``attention_mask``.
         name: how errors call it.
         model: for its vocabulary and number of positions.
         fields: further integer fields to pass on, each with the value that pads it.
-        shifted: a label is predicted at the position before its own, so that one at the first position counts for nothing.
+        shifted: a label is predicted at the position before its own, so that one at the first position counts for
+            nothing.
 
     Raises:
         DataError: empty dataset, missing field, ids outside the vocabulary, sequence longer than the model's positions,
             fields of unequal length. Each names the example.
     """
     if not isinstance(examples, Sized) or not hasattr(examples, "__getitem__"):
-        raise DataError(f"{name} is a {type(examples).__name__}; give a sized, indexable collection (a list of dicts, a Dataset)")
+        raise DataError(
+            f"{name} is a {type(examples).__name__}; give a sized, indexable collection (a list of dicts, a Dataset)"
+        )
     if len(examples) == 0 and not allow_empty:
         raise DataError(f"{name} is empty; give at least one sequence")
     vocabulary, positions = _model_limits(model)
@@ -196,23 +204,31 @@ def _prepare_one(
 ) -> None:
     name = out.name
     if not isinstance(example, Mapping):
-        raise DataError(f"{name}[{index}] is a {type(example).__name__}; every example must be a mapping with 'input_ids'")
+        raise DataError(
+            f"{name}[{index}] is a {type(example).__name__}; every example must be a mapping with 'input_ids'"
+        )
     if "input_ids" not in example:
         found = ", ".join(sorted(map(str, example))) or "nothing"
         raise DataError(f"{name}[{index}] has no field 'input_ids' (found: {found}); tokenise the data first")
     ids = _vector(example["input_ids"], name, index, "input_ids")
     if ids.dim() != 1 or ids.numel() == 0:
-        raise DataError(f"{name}[{index}]['input_ids'] has shape {tuple(ids.shape)}; it must be a non-empty list of token ids")
+        raise DataError(
+            f"{name}[{index}]['input_ids'] has shape {tuple(ids.shape)}; it must be a non-empty list of token ids"
+        )
     mask = None
     if example.get("attention_mask") is not None:
         mask = _vector(example["attention_mask"], name, index, "attention_mask") != 0
         if mask.shape != ids.shape:
-            raise DataError(f"{name}[{index}]: attention_mask has {mask.numel()} entries, input_ids {ids.numel()}; they must match")
+            raise DataError(
+                f"{name}[{index}]: attention_mask has {mask.numel()} entries, input_ids {ids.numel()}; they must match"
+            )
     raw = example.get("labels")
     labels = ids.clone() if raw is None else _vector(raw, name, index, "labels")
     if labels.dim() == 1 and labels.shape != ids.shape:
         if labels.numel() != 1:
-            raise DataError(f"{name}[{index}]: labels has {labels.numel()} entries, input_ids {ids.numel()}; they must match")
+            raise DataError(
+                f"{name}[{index}]: labels has {labels.numel()} entries, input_ids {ids.numel()}; they must match"
+            )
         labels = labels[0]
     start, stop = 0, int(ids.numel())
     if mask is not None:
@@ -231,7 +247,8 @@ def _prepare_one(
         )
     if positions is not None and ids.numel() > positions:
         raise DataError(
-            f"{name}[{index}] has {ids.numel()} tokens, the model takes at most {positions}; truncate it (max_length) or split it"
+            f"{name}[{index}] has {ids.numel()} tokens, the model takes at most {positions}; "
+            f"truncate it (max_length) or split it"
         )
     if labels.dim() == 1:
         labels = labels[start:stop].clone()
@@ -239,7 +256,10 @@ def _prepare_one(
             labels[~inner] = IGNORE
         top = int(labels.max())
         if vocabulary is not None and (top >= vocabulary or bool(((labels < 0) & (labels != IGNORE)).any())):
-            raise DataError(f"{name}[{index}]['labels'] holds ids outside the vocabulary of {vocabulary}; use −100 to ignore a position")
+            raise DataError(
+                f"{name}[{index}]['labels'] holds ids outside the vocabulary of {vocabulary}; use "
+                f"−100 to ignore a position"
+            )
         counts = labels != IGNORE
         if shifted:
             counts = counts[1:] if inner is None else counts[1:] & inner[:-1]
@@ -254,14 +274,24 @@ def _prepare_one(
     extras = {key: _vector(example[key], name, index, key) for key in out.fields if example.get(key) is not None}
     if "token_type_ids" in extras:
         if extras["token_type_ids"].numel() != full_length:
-            raise DataError(f"{name}[{index}]: token_type_ids has {extras['token_type_ids'].numel()} entries, input_ids {full_length}; they must match")
+            raise DataError(
+                f"{name}[{index}]: token_type_ids has {extras['token_type_ids'].numel()} entries, "
+                f"input_ids {full_length}; they must match"
+            )
         extras["token_type_ids"] = extras["token_type_ids"][start:stop]
     for key, value in extras.items():
-        if key.endswith("input_ids") and vocabulary is not None and value.numel() and not 0 <= int(value.min()) <= int(value.max()) < vocabulary:
+        if (
+            key.endswith("input_ids")
+            and vocabulary is not None
+            and value.numel()
+            and not 0 <= int(value.min()) <= int(value.max()) < vocabulary
+        ):
             raise DataError(f"{name}[{index}]['{key}'] holds ids outside the model's vocabulary of {vocabulary}")
     first = out.extras[0] if out.extras else extras
     if set(first) != set(extras):
-        raise DataError(f"{name}[{index}] has the fields {sorted(extras)}, {name}[0] has {sorted(first)}; all must agree")
+        raise DataError(
+            f"{name}[{index}] has the fields {sorted(extras)}, {name}[0] has {sorted(first)}; all must agree"
+        )
     out.input_ids.append(ids)
     out.labels.append(labels)
     out.masks.append(inner)
@@ -277,7 +307,8 @@ def make_batches(
     batch_size: int | None = None,
     token_budget: int | None = None,
 ) -> list[list[int]]:
-    """Batches of similar length: longest first, at most ``batch_size`` sequences and ``token_budget`` padded tokens each.
+    """Batches of similar length: longest first, at most ``batch_size`` sequences and ``token_budget`` padded tokens
+    each.
 
     A sequence longer than the budget gets a batch of its own. Deterministic.
     """

@@ -79,7 +79,9 @@ class GradientRun:
 
     # -- fit -----------------------------------------------------------------------------------------------------------
 
-    def fit(self, data: PreparedExamples, plan: Plan, state: Path | None, keep: bool, interval: float = 60.0) -> Factors:
+    def fit(
+        self, data: PreparedExamples, plan: Plan, state: Path | None, keep: bool, interval: float = 60.0
+    ) -> Factors:
         """Fit the method's factors; with ``state`` the unfinished fit is kept there."""
         assert self.method.factors is not None
         self.release()
@@ -119,7 +121,9 @@ class GradientRun:
     def _query_block(
         self, queries: PreparedExamples, indices: list[int], factors: Factors | None, request: ScoreRequest, plan: Plan
     ) -> QueryBlock:
-        dampings = [factors.dampings(d, request.damping_mode) for d in request.dampings] if factors is not None else [{}]
+        dampings = (
+            [factors.dampings(d, request.damping_mode) for d in request.dampings] if factors is not None else [{}]
+        )
         block = QueryBlock(len(indices) * len(dampings))
         if plan.score_rotated or self._holds_rotated():
             block.factors = factors
@@ -204,7 +208,9 @@ class GradientRun:
         started = time.perf_counter()
         per_token = request.granularity == "token"
         consumer = ScoreConsumer(block, per_token, request.per_module, self.method.normalise)
-        reuse = self.cache if self.cache is not None and self.cache_of == train.name and self.fit_loss == "train" else None
+        reuse = (
+            self.cache if self.cache is not None and self.cache_of == train.name and self.fit_loss == "train" else None
+        )
         batches = self.batches(train, plan, scored_only=reuse is None)
         with TracingSession(self.model, self.selection, self.task, self.groups) as session:
             source = PassSource(session, train, batches, reuse)
@@ -266,7 +272,9 @@ def _identity(request: ScoreRequest, queries: int, train: int) -> str:
 
 
 class _Sinks:
-    """Where the scores of one request go: a matrix (in memory, or mapped from a file), one per layer, tokens or top k."""
+    """Where the scores of one request go: a matrix (in memory, or mapped from a file), one per layer, tokens or top
+    k.
+    """
 
     def __init__(
         self,
@@ -295,7 +303,12 @@ class _Sinks:
                 path = state / f"scores-{number:04d}.partial"
                 shape = tuple(sink.values.shape)
                 fresh = self.fresh or not path.exists() or path.stat().st_size != dtype.itemsize * shape[0] * shape[1]
-                mapped = np.memmap(path, dtype=np.float64 if dtype == torch.float64 else np.float32, mode="w+" if fresh else "r+", shape=shape)
+                mapped = np.memmap(
+                    path,
+                    dtype=np.float64 if dtype == torch.float64 else np.float32,
+                    mode="w+" if fresh else "r+",
+                    shape=shape,
+                )
                 self.mapped[name], self.fresh = mapped, fresh
                 sink.values = torch.from_numpy(mapped)
 
@@ -340,7 +353,9 @@ class _ScoreProgress:
         if self.path is not None and self.path.exists():
             found = artifacts.read_json(self.path, "scoring progress")
             if not isinstance(found, dict) or found.get("identity") != identity:
-                raise ArtifactError(f"{self.path} belongs to another scoring run; delete {self.path.parent} or use another directory")
+                raise ArtifactError(
+                    f"{self.path} belongs to another scoring run; delete {self.path.parent} or use another directory"
+                )
             self.block, self.batch = int(found["block"]), int(found["batch"])
             self.energies = dict(found["energies"])
 
@@ -368,7 +383,8 @@ def check_request(request: ScoreRequest, method: Method) -> None:
     if request.granularity == "token" and (request.topk is not None or method.normalise):
         raise ConfigError("token scores are kept whole and unnormalised; leave topk out and use an unnormalised method")
     if request.topk is not None and (request.topk < 1 or request.per_module):
-        raise ConfigError(f"topk is {request.topk} (with per_module={request.per_module}); give topk ≥ 1 and no per_module")
+        raise ConfigError(
+            f"topk is {request.topk} (with per_module={request.per_module}); give topk ≥ 1 and no per_module"
+        )
     if request.per_module and method.normalise:
         raise ConfigError("a cosine does not split into modules; use grad_dot with per_module")
-

@@ -28,7 +28,8 @@ def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
 class ScoreSink(Protocol):
     """Takes the finished scores of some queries (``rows``) on one batch of examples (``indices``)."""
 
-    def put(self, rows: list[int], indices: list[int], scores: Tensor, offsets: Tensor | None = None) -> None: ...
+    def put(self, rows: list[int], indices: list[int], scores: Tensor, offsets: Tensor | None = None) -> None:
+        """Take them."""
 
 
 class DenseSink:
@@ -47,7 +48,12 @@ class TokenSink:
     """``[Q, N, T]``; a batch's scores come packed over its counted positions and are put where those stand."""
 
     def __init__(
-        self, queries: int, train: int, tokens: int, positions: Callable[[int], Tensor], dtype: torch.dtype = torch.float32
+        self,
+        queries: int,
+        train: int,
+        tokens: int,
+        positions: Callable[[int], Tensor],
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.values = torch.zeros(queries, train, tokens, dtype=dtype)
         self.positions = positions
@@ -81,7 +87,9 @@ class TopKSink:
 
 
 class ScoreConsumer(Consumer):
-    """Consumer that adds every layer of one batch into one buffer: ``[Q, B]``, ``[Q, N]`` per token, or one per layer."""
+    """Consumer that adds every layer of one batch into one buffer: ``[Q, B]``, ``[Q, N]`` per token, or one per
+    layer.
+    """
 
     def __init__(self, block: QueryBlock, per_token: bool, per_module: bool, want_norms: bool) -> None:
         self.block, self.per_token, self.per_module, self.want_norms = block, per_token, per_module, want_norms
@@ -109,6 +117,7 @@ class ScoreConsumer(Consumer):
         return self.scores
 
     def consume(self, layer: Layer, group: str, first: bool, a: Tensor, g: Tensor, offsets: Tensor) -> None:
+        """Take one layer of one batch."""
         a, g = working(a), working(g)
         bias = layer.bias
         if self.block.factors is not None:
@@ -124,7 +133,8 @@ class ScoreConsumer(Consumer):
                 self.offsets = offsets
             elif not torch.equal(self.offsets, offsets):
                 raise ModelError(
-                    f"layer '{layer.name}' sees other positions than the first traced layer, so its scores have no tokens "
+                    f"layer '{layer.name}' sees other positions than the first traced layer, so its "
+                    f"scores have no tokens "
                     "to stand at; leave it out with modules= or use granularity='sequence'"
                 )
         if layer.name in self.block.dense:
@@ -134,7 +144,9 @@ class ScoreConsumer(Consumer):
                 scores.addmm_(self.block.bias[layer.name], (g if self.per_token else segment_sum(g, offsets)).T)
         elif layer.name in self.block.left:  # absent: a layer that no query's gradient reached
             L, R = self.block.left[layer.name], self.block.right[layer.name]
-            ops.low_rank_scores(g, input_rows(a, layer.bias), L, R, offsets=offsets, out=scores, per_token=self.per_token)
+            ops.low_rank_scores(
+                g, input_rows(a, layer.bias), L, R, offsets=offsets, out=scores, per_token=self.per_token
+            )
         if self.want_norms:
             squared = ops.gradient_norm(g, input_rows(a, layer.bias), offsets).double().square()
             self.norms = squared if self.norms is None else self.norms + squared
@@ -149,10 +161,12 @@ class SelfScoreConsumer(Consumer):
         self._inverse: dict[str, Tensor] = {}
 
     def start_batch(self) -> SelfScoreConsumer:
+        """Forget the last batch."""
         self.scores = None
         return self
 
     def consume(self, layer: Layer, group: str, first: bool, a: Tensor, g: Tensor, offsets: Tensor) -> None:
+        """Take one layer of one batch."""
         if self.factors is None:
             values = ops.gradient_norm(working(g), input_rows(a, layer.bias), offsets).double().square()
         else:
@@ -176,4 +190,6 @@ def check_finite(scores: Tensor, indices: list[int]) -> None:
     bad = (~torch.isfinite(scores)).any(dim=0).nonzero()
     if bad.numel():
         example = indices[min(int(bad[0]), len(indices) - 1)]
-        raise NonFiniteError(f"the score of training example {example} is not finite; raise the damping or use a wider dtype")
+        raise NonFiniteError(
+            f"the score of training example {example} is not finite; raise the damping or use a wider dtype"
+        )

@@ -24,7 +24,9 @@ def parse_rank(rank: int | float | str | None) -> int | float | None:
         try:
             rank = int(rank) if rank.strip().isdigit() else float(rank)
         except ValueError:
-            raise ConfigError(f"query_rank is {rank!r}; give a rank such as 64, or a captured energy such as 0.99") from None
+            raise ConfigError(
+                f"query_rank is {rank!r}; give a rank such as 64, or a captured energy such as 0.99"
+            ) from None
     if isinstance(rank, bool) or (isinstance(rank, int) and rank < 1) or (isinstance(rank, float) and not 0 < rank < 1):
         raise ConfigError(f"query_rank is {rank}; give a rank ≥ 1, or a captured energy between 0 and 1")
     return rank
@@ -34,7 +36,8 @@ def parse_rank(rank: int | float | str | None) -> int | float | None:
 class QueryBlock:
     """Preconditioned gradients of a block of queries, by layer.
 
-    ``dense[name]`` is ``[Q, d_out, d_in]`` and ``bias[name]`` ``[Q, d_out]`` its bias column, apart so that no column of ones
+    ``dense[name]`` is ``[Q, d_out, d_in]`` and ``bias[name]`` ``[Q, d_out]`` its bias column, apart so that no column
+    of ones
     is ever joined to the training inputs; in low rank ``left[name]`` ``[Q, d_out, r]`` and ``right[name]``
     ``[Q, r, d_in(+1)]`` take its place. ``energy[name]`` ``[Q]`` is the share ``‖LR‖²/‖X‖²`` that the rank keeps, and
     ``norms`` ``[Q]`` the squared norm of the query's own gradient over all layers.
@@ -47,7 +50,9 @@ class QueryBlock:
     right: dict[str, Tensor] = field(default_factory=dict)
     energy: dict[str, Tensor] = field(default_factory=dict)
     norms: Tensor | None = None
-    factors: Factors | None = None  # given: ``dense`` is in the eigenbases, ``(U_Sᵀ V U_A) ⊘ (Λ + λ)``, bias column included
+    factors: Factors | None = (
+        None  # given: ``dense`` is in the eigenbases, ``(U_Sᵀ V U_A) ⊘ (Λ + λ)``, bias column included
+    )
 
     def captured_energy(self) -> Tensor | None:
         """Smallest captured energy over layers, per query; None for dense queries."""
@@ -55,6 +60,7 @@ class QueryBlock:
 
     @property
     def nbytes(self) -> int:
+        """Bytes held."""
         parts = (self.dense, self.bias, self.left, self.right)
         return sum(t.numel() * t.element_size() for part in parts for t in part.values())
 
@@ -62,7 +68,8 @@ class QueryBlock:
 class QueryConsumer(Consumer):
     """Consumer that turns each query's captured factors into its preconditioned gradient.
 
-    With ``factors`` the product is ``U_S[(U_Sᵀ V U_A) ⊘ (Λ + λ)]U_Aᵀ``; without, the gradient itself. ``dampings`` may hold
+    With ``factors`` the product is ``U_S[(U_Sᵀ V U_A) ⊘ (Λ + λ)]U_Aᵀ``; without, the gradient itself. ``dampings`` may
+    hold
     several λ per layer: the block then has ``len(dampings) · Q`` rows, damping by damping.
     """
 
@@ -90,6 +97,7 @@ class QueryConsumer(Consumer):
         return self
 
     def consume(self, layer: Layer, group: str, first: bool, a: Tensor, g: Tensor, offsets: Tensor) -> None:
+        """Take one layer of one batch."""
         rows = [self.position_of[i] for i in self._indices]
         if self.want_norms:
             if self.block.norms is None:
@@ -108,7 +116,7 @@ class QueryConsumer(Consumer):
         factor = self.factors.layers[layer.name]
         return factor, self.factors.inputs[factor.group]
 
-    def _dense(self, layer: Layer, a: Tensor, g: Tensor, offsets: Tensor, rows: list[int]):  # noqa: ANN202
+    def _dense(self, layer: Layer, a: Tensor, g: Tensor, offsets: Tensor, rows: list[int]):
         """Yields (row of the block, X); one gradient at a time, rotated before or after the contraction by cost."""
         if self.factors is None:
             for row, V in zip(rows, rotated_gradients(g, a, offsets, None, None, layer.bias), strict=True):

@@ -27,7 +27,8 @@ class Scores:
     Positive = a proponent: giving the example more weight lowers the query's loss.
 
     Attributes:
-        values: float32 (float64 for a float64 model) ``[Q, N]``; ``[Q, N, T]`` per token of the training example (zero where it has none);
+        values: float32 (float64 for a float64 model) ``[Q, N]``; ``[Q, N, T]`` per token of the training example (zero
+            where it has none);
             ``{layer: [Q, N]}`` per module; None when only the top k were kept.
         certificate: None, or one mapping a query: how well its inverse was solved and how that was measured.
         meta: method, damping, seconds by stage, plan, counts, captured energy of low-rank queries.

@@ -1,0 +1,213 @@
+"""Fill the tables of README.md from committed result files: ``python tools/readme.py [--check]``.
+
+A block between ``<!-- generated: NAME -->`` and ``<!-- end -->`` is rewritten; no number in it is typed by hand.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+SHAPES = {
+    "small_llama": "Llama, 4 layers, d = 256, 256 training and 16 query sequences of 128 tokens",
+    "gpt2_small": "GPT-2 small shape, 12 layers, d = 768, 32 training and 8 query sequences of 128 tokens",
+}
+STAGES = ("covariances", "eigendecomposition", "lambda", "queries", "scores")
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file; none when it is not there."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    """A table; all columns but the first are aligned right."""
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(line) + " |" for line in body])
+
+
+def demo() -> str:
+    """Planted examples found, by method."""
+    path = RESULTS / "demo" / "results.json"
+    data: dict[str, Any] = json.loads(path.read_text())
+    head = [
+        "method",
+        *[f"found of {data['planted']}, question {i + 1}" for i in range(len(data["questions"]))],
+        "seconds",
+    ]
+    body = [[m["name"], *[str(h) for h in m["hits"]], f"{m['seconds']:.1f}"] for m in data["methods"]]
+    return markdown(head, body) + f"\n\n{data['machine']}; the whole demo took {data['seconds']:.0f} s there."
+
+
+def methods() -> str:
+    """The methods that exist."""
+    sys.path.insert(0, str(ROOT))
+    from pyinf.methods import METHODS
+
+    lines = ["| method | what it is | source | needs |", "|---|---|---|---|"]
+    return "\n".join(lines + [f"| `{m.name}` | {m.summary} | {m.source} | {m.needs} |" for m in METHODS.values()])
+
+
+def _label(row: dict[str, str]) -> str:
+    variant = {"": "", "no_cache": ", model run again for each stage"}.get(row["variant"], f" ({row['variant']})")
+    bold = "**" if row["library"] == "pyinf" else ""
+    return f"{bold}{row['library'].replace('_', '-')} {row['version']}{variant}{bold}"
+
+
+def peers() -> str:
+    """Seconds by stage and library, one table a shape."""
+    out = []
+    for shape, title in SHAPES.items():
+        rows = rows_of(RESULTS / "peers" / f"{shape}.csv")
+        names = list(dict.fromkeys((r["library"], r["variant"]) for r in rows if r["library"] != "bare"))
+        body = []
+        for name in names:
+            own = {r["stage"]: r for r in rows if (r["library"], r["variant"]) == name}
+            if name[1] == "all_but_last":
+                continue
+            total = own.get("total")
+            if total is None:
+                body.append(
+                    [name[0], *["–"] * len(STAGES), f"failed: {next(iter(own.values()))['error']}", "–", "–", "–", "–"]
+                )
+                continue
+            seconds = [f"{float(own[s]['seconds_median']):.1f}" if s in own else "–" for s in STAGES]
+            faster = 1 / float(total["ratio_to_fastest_peer"]) if total["ratio_to_fastest_peer"] else None
+            pearson = total["pearson_min_vs_float64"] or total["pearson_min_vs_kronfluence"]
+            body.append(
+                [
+                    _label(total),
+                    *seconds,
+                    f"{float(total['seconds_median']):.1f}",
+                    f"{faster:.2f}×" if faster else "–",
+                    f"{float(total['peak_mb']):,.0f}",
+                    f"{float(pearson):.6f}" if pearson else "–",
+                    total["runs"],
+                ]
+            )
+        if body:
+            conditions = json.loads((RESULTS / "peers" / f"{shape}.json").read_text())
+            head = [
+                "seconds",
+                "covariances",
+                "eigen",
+                "Λ",
+                "queries",
+                "scores",
+                "total",
+                "speed",
+                "peak MB",
+                "lowest Pearson",
+                "runs",
+            ]
+            out += [
+                f"{title}; {_machine(conditions)}:",
+                "",
+                markdown(head, body),
+                "",
+                f"![stages](benchmarks/results/peers/{shape}.svg)",
+                "",
+            ]
+    if not out:
+        raise FileNotFoundError(RESULTS / "peers")
+    out.append(
+        "*speed*: fastest peer's time over this one's, medians. *lowest Pearson*: over queries, "
+        "against float64 where it was "
+        "computed, else against kronfluence, each with the covariance positions of that library "
+        "(bergson and dattri-llm leave out "
+        "each sequence's last position)."
+    )
+    return "\n".join(out)
+
+
+def _machine(conditions: dict[str, Any]) -> str:
+    machine = conditions.get("machine", conditions)
+    return f"{machine.get('cpu', 'CPU')}, {machine.get('threads', conditions.get('threads', '?'))} threads, fp32"
+
+
+def floor() -> str:
+    """Where pyinf's time goes against the arithmetic floor."""
+    body = []
+    for shape in SHAPES:
+        ours = {
+            r["stage"]: r
+            for r in rows_of(RESULTS / "peers" / f"{shape}.csv")
+            if r["library"] == "pyinf" and not r["variant"]
+        }
+        for row in rows_of(RESULTS / "peers" / f"{shape}-floor.csv"):
+            mine = ours.get(row["stage"], {}).get("seconds_median", "")
+            flops = f"{float(row['flops']) / 1e12:.2f}" if row.get("flops") else "–"
+            body.append(
+                [
+                    shape,
+                    row["stage"],
+                    flops,
+                    f"{float(row['seconds']):.1f}",
+                    f"{float(mine):.1f}" if mine else "in covariances",
+                ]
+            )
+    if not body:
+        raise FileNotFoundError(RESULTS / "peers")
+    text = markdown(["shape", "stage", "TFLOP", "floor, s", "pyinf, s"], body)
+    return text + "\n\npyinf's first stage holds the one model pass; with what it captured the others run no model."
+
+
+def eigen() -> str:
+    """Eigensolvers compared."""
+    rows = rows_of(RESULTS / "eigen" / "eigensolvers.csv")
+    if not rows:
+        raise FileNotFoundError(RESULTS / "eigen" / "eigensolvers.csv")
+    return markdown(list(rows[0]), [list(r.values()) for r in rows])
+
+
+def cpu_ops() -> str:
+    """C++ kernels against torch."""
+    rows = rows_of(RESULTS / "cpu" / "ops.csv")
+    if not rows:
+        raise FileNotFoundError(RESULTS / "cpu" / "ops.csv")
+    return markdown(list(rows[0]), [list(r.values()) for r in rows])
+
+
+BLOCKS: dict[str, Callable[[], str]] = {f.__name__: f for f in (demo, methods, peers, floor, eigen, cpu_ops)}
+
+
+def render(text: str) -> str:
+    """The README with every block made anew; a block without its result file says so."""
+
+    def fill(match: re.Match[str]) -> str:
+        try:
+            body = BLOCKS[match[2]]()
+        except FileNotFoundError as error:
+            missing = Path(str(error.filename or error)).resolve()
+            body = f"*not measured: {missing.relative_to(ROOT)} is not there*"
+        return f"{match[1]}{body}\n{match[4]}"
+
+    return BLOCK.sub(fill, text)
+
+
+def main() -> int:
+    """Rewrite README.md, or with ``--check`` only say whether it is current."""
+    path = ROOT / "README.md"
+    old = path.read_text()
+    new = render(old)
+    if "--check" in sys.argv[1:]:
+        if old != new:
+            print("README.md is not what its result files say; run: python tools/readme.py", file=sys.stderr)
+        return int(old != new)
+    path.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
