@@ -6,7 +6,7 @@ Every function is also registered as ``torch.ops.pyinf.<name>`` in the packed la
 
 from __future__ import annotations
 
-from pyinf.ops import costs, cpu_backend, philox, reference, schemas, torch_backend
+from pyinf.ops import costs, cpu_backend, cuda_backend, philox, reference, schemas, torch_backend, verified
 from pyinf.ops.api import (
     accumulate_covariance,
     accumulate_squared_gradients,
@@ -37,6 +37,7 @@ __all__ = [
     "accumulate_squared_gradients",
     "costs",
     "cpu_backend",
+    "cuda_backend",
     "current_backend",
     "dense_scores",
     "describe",
@@ -62,4 +63,5 @@ __all__ = [
     "torch_backend",
     "unpack_signs",
     "use_backend",
+    "verified",
 ]

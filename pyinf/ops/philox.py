@@ -81,8 +81,10 @@ def random_matrix(
     tag = stream if distribution == "rademacher" else stream | NORMAL_BIT
     words = torch.stack(philox4x32((block, i & _LOW, i >> 32, torch.full_like(i, tag)), _key(seed)), -1)
     if distribution == "rademacher":
-        bits = (words[..., None] >> _range(0, 32, device)) & 1
-        full = (1 - 2 * bits).to(dtype)
+        # Bytes of the words in rising order of bits (little-endian): an eighth of the memory of shifting whole words.
+        octets = words.to(torch.int32).view(torch.uint8)
+        bits = (octets[..., None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1
+        full = bits.to(dtype).mul_(-2).add_(1)
     else:
         w = words.double() * 2.0**-32
         radius = torch.sqrt(-2.0 * torch.log(w[..., 0::2] + 2.0**-32))

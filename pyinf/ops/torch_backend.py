@@ -64,7 +64,8 @@ def _gradient_rows(g: Tensor, a: Tensor, marks: list[int], rows: slice, dtype: t
     count, length = len(marks) - 1, _equal_length(marks)
     g = g[:, rows]
     if length is not None:
-        return _product(g.reshape(count, length, -1).transpose(1, 2), a.reshape(count, length, -1), dtype)
+        left = g.reshape(count, length, g.shape[1]).transpose(1, 2)
+        return _product(left, a.reshape(count, length, a.shape[1]), dtype)
     out = torch.empty(count, g.shape[1], a.shape[1], dtype=dtype, device=g.device)
     for b in range(count):
         part = slice(marks[b], marks[b + 1])
@@ -217,9 +218,9 @@ def dense_scores(scores: Tensor, g: Tensor, a: Tensor, offsets: Tensor, V: Tenso
     count, d_in = len(marks) - 1, a.shape[1]
     if g.device.type == "cpu":
         g, a = g.to(dtype), a.to(dtype)
-    flat = V.reshape(V.shape[0], -1)
+    flat = V.flatten(1)
     for rows in _row_blocks(g.shape[1], count * d_in, g.device):
-        part = _gradient_rows(g, a, marks, rows, dtype).reshape(count, -1)
+        part = _gradient_rows(g, a, marks, rows, dtype).flatten(1)
         scores += flat[:, rows.start * d_in : rows.stop * d_in].to(dtype) @ part.T
 
 
@@ -280,8 +281,8 @@ def gradient_dot(g1: Tensor, a1: Tensor, offsets1: Tensor, g2: Tensor, a2: Tenso
                 out[b0:b1, c0:c1] = _sum_sequences(by_first.T.contiguous(), local2).T
         return out
     for rows in _row_blocks(d_out, (count1 + count2) * d_in, g1.device):
-        first = _gradient_rows(g1, a1, marks1, rows, dtype).reshape(count1, -1)
-        out += first @ _gradient_rows(g2, a2, marks2, rows, dtype).reshape(count2, -1).T
+        first = _gradient_rows(g1, a1, marks1, rows, dtype).flatten(1)
+        out += first @ _gradient_rows(g2, a2, marks2, rows, dtype).flatten(1).T
     return out
 
 

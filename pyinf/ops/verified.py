@@ -1,0 +1,57 @@
+"""Which GPU kernels were checked on real hardware: "auto" takes no other.
+
+A record is ``{op: {"<card> | <pyinf version>": {...}}}``. Two files are read: ``benchmarks/results/verified.json`` of
+a source tree, and the user's own, ``$PYINF_CACHE/verified.json`` (default ``~/.cache/pyinf``), which :func:`record`
+writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pyinf._version import __version__
+from pyinf.artifacts import atomic_write_json
+
+__all__ = ["is_verified", "record", "user_file"]
+
+_REPOSITORY_FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "verified.json"
+
+
+def user_file() -> Path:
+    """Where the user's own record is kept."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyinf"
+    return Path(os.environ.get("PYINF_CACHE") or default) / "verified.json"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # no record, or an unreadable one: nothing counts as verified
+    return found if isinstance(found, dict) else {}
+
+
+@lru_cache(maxsize=1)
+def _records() -> tuple[dict[str, Any], ...]:
+    return _read(_REPOSITORY_FILE), _read(user_file())
+
+
+def is_verified(op: str, card: str) -> bool:
+    """Whether this version's GPU kernel of ``op`` was verified on a card of this name."""
+    key = f"{card} | {__version__}"
+    return any(isinstance(r.get(op), dict) and key in r[op] for r in _records())
+
+
+def record(op: str, card: str, details: dict[str, Any]) -> Path:
+    """Remember in the user's file that ``op`` was verified on ``card``; returns the file."""
+    path = user_file()
+    found = _read(path)
+    found.setdefault(op, {})[f"{card} | {__version__}"] = details
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_json(path, found)
+    _records.cache_clear()
+    return path
