@@ -154,6 +154,10 @@ def prepare(
         DataError: empty dataset, missing field, ids outside the vocabulary, sequence longer than the model's positions,
             fields of unequal length. Each names the example.
     """
+    if isinstance(examples, Mapping):
+        raise DataError(
+            f"{name} is a {type(examples).__name__} of columns; give one mapping a sequence, for instance Dataset.from_dict(...)"
+        )
     if not isinstance(examples, Sized) or not hasattr(examples, "__getitem__"):
         raise DataError(
             f"{name} is a {type(examples).__name__}; give a sized, indexable collection (a list of dicts, a Dataset)"

@@ -1,0 +1,128 @@
+"""Runs a fit and a scoring in forked children, kills them with SIGKILL, and reports what the survivors leave behind.
+
+Not a test module: test_core_resume.py starts it in a process of its own, so that torch is imported once for all children.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import pyinf
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(23, 16), nn.Linear(16, 23)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16)) for _ in range(2)])
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def examples(n: int, seed: int) -> list[dict]:
+    rng = random.Random(seed)
+    return [{"input_ids": [rng.randrange(23) for _ in range(rng.randrange(4, 12))]} for _ in range(n)]
+
+
+TRAIN, QUERIES = examples(18, 1), examples(4, 2)
+
+
+def work(directory: Path, method: str, cache: str, rank) -> None:
+    attributor = pyinf.Attributor(Net(), method, run_dir=directory, checkpoint_seconds=0, cache=cache, query_rank=rank)
+    attributor.fit(TRAIN, batch_size=3)
+    needed = sum(v for k, v in attributor.plan(TRAIN, QUERIES, 3).memory.items() if k not in ("captured",)) + (64 << 20)
+    attributor.options["memory_budget"] = needed - attributor._plan.memory["queries"] // 2  # two blocks of queries
+    scores = attributor.score(QUERIES, TRAIN, batch_size=3)
+    assert attributor._plan.score_passes == 2
+    torch.save({"values": scores.values, "energy": scores.meta.get("captured_energy")}, directory.parent / f"{directory.name}.pt")
+
+
+def child(directory: Path, setting: tuple, kill_at: int | None, counted: Path | None = None) -> int:
+    """Fork a child that works; it kills itself at its ``kill_at``-th step on the disk, counting fsyncs and renames."""
+    pid = os.fork()
+    if pid:
+        return pid
+    calls = [0]
+
+    def counting(real):
+        def run(*args, **kwargs):
+            calls[0] += 1
+            if calls[0] == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            out = real(*args, **kwargs)
+            return out
+
+        return run
+
+    os.replace, os.fsync, os.unlink = counting(os.replace), counting(os.fsync), counting(os.unlink)
+    code = 1
+    try:
+        work(directory, *setting)
+        if counted is not None:
+            counted.write_text(str(calls[0]))
+        code = 0
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(code)
+
+
+def finished(pid: int) -> str:
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status):
+        return "killed" if os.WTERMSIG(status) == signal.SIGKILL else f"signal {os.WTERMSIG(status)}"
+    return "done" if os.WEXITSTATUS(status) == 0 else "failed"
+
+
+def digest(directory: Path) -> dict:
+    factors = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted((directory / "fit" / "factors").iterdir())}
+    scores = torch.load(directory.parent / f"{directory.name}.pt", weights_only=True)
+    left = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if "factors" not in p.parts and p.is_file())
+    return {"factors": factors, "scores": hashlib.sha256(scores["values"].numpy().tobytes()).hexdigest(), "energy": scores["energy"], "left": left}
+
+
+def main(root: Path, setting: tuple, seed: int) -> None:
+    torch.set_num_threads(1)
+    rng = random.Random(seed)
+    whole, counted = root / "whole", root / "count"
+    started = time.monotonic()
+    assert finished(child(whole, setting, None, counted)) == "done"
+    seconds, steps = time.monotonic() - started, int(counted.read_text())
+    reference, trials = digest(whole), []
+    for number in range(4):
+        directory, kills = root / f"run{number}", []
+        while len(kills) < 40:
+            if number % 2 == 0:  # at chosen steps on the disk, two or three kills a run
+                at = rng.randrange(1, max(2, steps)) if len(kills) < 3 else None
+                outcome = finished(child(directory, setting, at))
+            else:  # at random moments
+                pid = child(directory, setting, None)
+                if len(kills) < 3:
+                    time.sleep(rng.uniform(0.02, 0.8 * seconds))
+                    os.kill(pid, signal.SIGKILL)
+                outcome = finished(pid)
+            kills.append(outcome)
+            if outcome != "killed":
+                break
+        trials.append({"kills": kills, **(digest(directory) if kills[-1] == "done" else {})})
+    print(json.dumps({"reference": reference, "trials": trials, "steps": steps}))
+
+
+if __name__ == "__main__":
+    options = json.loads(sys.argv[2])
+    main(Path(sys.argv[1]), (options["method"], options["cache"], options["rank"]), options["seed"])
