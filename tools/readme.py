@@ -39,15 +39,19 @@ def markdown(head: list[str], body: list[list[str]]) -> str:
 
 def demo() -> str:
     """Planted examples found, by method."""
-    path = RESULTS / "demo" / "results.json"
-    data: dict[str, Any] = json.loads(path.read_text())
-    head = [
-        "method",
-        *[f"found of {data['planted']}, question {i + 1}" for i in range(len(data["questions"]))],
-        "seconds",
+    data: dict[str, Any] = json.loads((RESULTS / "demo" / "results.json").read_text())
+    mean = [sum(m["hits"]) / len(m["hits"]) for m in data["methods"]]
+    head = ["method", *[f"question {i + 1}" for i in range(len(data["questions"]))], "mean", "seconds"]
+    body = [
+        [f"`{m['method']}`", *[str(h) for h in m["hits"]], f"{average:.1f}", f"{m['seconds']:.1f}"]
+        for m, average in zip(data["methods"], mean, strict=True)
     ]
-    body = [[m["name"], *[str(h) for h in m["hits"]], f"{m['seconds']:.1f}"] for m in data["methods"]]
-    return markdown(head, body) + f"\n\n{data['machine']}; the whole demo took {data['seconds']:.0f} s there."
+    text = (
+        f"\n\nFound of {data['planted']} planted examples among {data['train']:,} ({data['train_tokens']:,} tokens, a model of "
+        f"{data['parameters']:,} parameters, {data['device']}); training took {data['seconds']['training']:.0f} s, the whole "
+        f"demo {data['seconds']['total']:.0f} s there."
+    )
+    return markdown(head, body) + text
 
 
 def methods() -> str:
