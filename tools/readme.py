@@ -47,8 +47,10 @@ def demo() -> str:
         for m, average in zip(data["methods"], mean, strict=True)
     ]
     text = (
-        f"\n\nFound of {data['planted']} planted examples among {data['train']:,} ({data['train_tokens']:,} tokens, a model of "
-        f"{data['parameters']:,} parameters, {data['device']}); training took {data['seconds']['training']:.0f} s, the whole "
+        f"\n\nFound of {data['planted']} planted examples among {data['train']:,} "
+        f"({data['train_tokens']:,} tokens, a model of "
+        f"{data['parameters']:,} parameters, {data['device']}); training took "
+        f"{data['seconds']['training']:.0f} s, the whole "
         f"demo {data['seconds']['total']:.0f} s there."
     )
     return markdown(head, body) + text
