@@ -18,6 +18,10 @@ from pathlib import Path
 
 __all__ = ["contents", "describe", "imports_without_torch", "links"]
 
+EXPECTED = (
+    *("pyinf/__init__.py", "pyinf/py.typed", "pyinf/cli/__init__.py", "pyinf/triton_kernels/__init__.py"),
+    *("pyinf/report/page.html.j2", "pyinf/report/page.css", "pyinf/report/page.js"),
+)
 FOREIGN = re.compile(r"torch|c10|cudart|cublas|libcuda\.|libpython")
 
 
@@ -25,7 +29,7 @@ def contents(wheel: Path) -> list[str]:
     """What is wrong with the list of files, in words."""
     names = zipfile.ZipFile(wheel).namelist()
     wrong = []
-    for name in ("pyinf/__init__.py", "pyinf/py.typed", "pyinf/triton_kernels/__init__.py", "pyinf/cli/__init__.py"):
+    for name in EXPECTED:
         if name not in names:
             wrong.append(f"{name} is missing")
     extensions = [name for name in names if name.endswith((".so", ".pyd"))]

@@ -172,6 +172,8 @@ def compile_triton(
     that the launcher will specialise (pointers, row lengths): leave them out and another kernel is tested than the one
     that will run. Returns the claims that Triton itself makes (``dynamic_shared``), to pass on to ``check``.
     """
+    # Its default changes between releases of Triton; the machine code under test must not.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
