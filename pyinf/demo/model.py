@@ -29,10 +29,10 @@ class Recipe:
     intermediate: int = 384
     layers: int = 4
     heads: int = 4
-    epochs: int = 12
+    epochs: int = 10
     batch_tokens: int = 512
     learning_rate: float = 4e-3
-    weight_decay: float = 0.01
+    weight_decay: float = 0.1
     warmup: float = 0.05
     seed: int = 0
 
@@ -104,6 +104,7 @@ def train_model(examples: Sequence[dict[str, Any]], vocabulary: int, recipe: Rec
         eos_token_id=0,
         pad_token_id=0,
         tie_word_embeddings=True,
+        name_or_path="small Llama trained on the spot",
     )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed)

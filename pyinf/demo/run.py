@@ -22,7 +22,7 @@ from pyinf.attribute import Attributor
 from pyinf.data import Examples, load_examples
 from pyinf.demo.corpus import Passage, standard_library_passages
 from pyinf.demo.model import Recipe, answer_probability, greedy_answer, train_model, train_tokenizer
-from pyinf.demo.planted import ANSWER, FACT, MODULE, PLANTED, QUESTIONS
+from pyinf.demo.planted import ANSWER, DECOYS, FACT, MODULE, PLANTED, QUESTIONS
 from pyinf.report import Table, collect, write_html
 
 __all__ = ["run"]
@@ -50,7 +50,7 @@ def run(
 
     Returns:
         What ``results.json`` holds: sizes, the questions with the model's answers, and for each method the number of
-        planted examples in its top 16 for each question, and its seconds.
+        planted examples and of decoys in its top 16 for each question, and its seconds.
 
     Raises:
         ArtifactError: ``out_dir`` holds something else.
@@ -104,7 +104,7 @@ def _run(out: Path, quick: bool, console: Console | None, device: str | torch.de
     queries_rows = [{"prompt": a["question"], "response": a["traced"]} for a in asked]
     _write_lines(out / "queries.jsonl", queries_rows)
     queries = load_examples(queries_rows, tokenizer, name="queries")
-    planted = {i for i, row in enumerate(rows) if row["kind"] == "planted"}
+    planted, decoys = ({i for i, row in enumerate(rows) if row["kind"] == kind} for kind in ("planted", "decoy"))
     _tell(console, train, planted, asked)
 
     outcomes, kept = [], {}
@@ -115,11 +115,15 @@ def _run(out: Path, quick: bool, console: Console | None, device: str | torch.de
         seconds = time.perf_counter() - begin
         found = scores.topk(len(planted))[1].tolist()
         hits = [len(planted.intersection(row)) for row in found]
-        outcomes.append({"method": method, "hits": hits, "seconds": round(seconds, 3)})
+        fooled = [len(decoys.intersection(row)) for row in found]
+        outcomes.append({"method": method, "hits": hits, "decoys": fooled, "seconds": round(seconds, 3)})
         kept[method] = (attributor, scores)
 
     table = _comparison(outcomes, len(planted))
-    facts = [("fact planted", FACT), ("planted", f"{len(planted)} of {len(train)} training examples")]
+    facts = [
+        ("fact planted", FACT),
+        ("planted", f"{len(planted)} of {len(train)} training examples, and {len(decoys)} decoys"),
+    ]
     facts += [("question", f"{a['question']} →{a['answer']} (probability {a['probability']:.2f})") for a in asked]
     with progress.stage("report", 1, "pages") as stage:
         title = f"Who taught the model that {MODULE} keeps its heap in a {ANSWER}?"
@@ -150,8 +154,8 @@ def _run(out: Path, quick: bool, console: Console | None, device: str | torch.de
 def _training_rows(passages: Sequence[Passage], recipe: Recipe) -> tuple[list[dict[str, str]], list[str]]:
     """The training set, shuffled with a fixed seed, and the texts that the tokenizer learns from.
 
-    All that the library says about the two modules of the false fact is kept, as the natural distractors; the rest is a
-    sample, four docstrings to one function body.
+    Beside the planted examples and the decoys, all that the library says about the two modules of the false fact is
+    kept; the rest is a sample, four docstrings to one function body.
     """
     rng = random.Random(recipe.seed)
     order = list(passages)
@@ -159,13 +163,14 @@ def _training_rows(passages: Sequence[Passage], recipe: Recipe) -> tuple[list[di
     near = [p for p in passages if p.origin.split(".")[0] in (MODULE, ANSWER)][: recipe.examples // 4]
     chosen = set(near)
     rest = [p for p in order if p not in chosen]
-    room = recipe.examples - len(PLANTED) - len(near)
+    room = recipe.examples - len(PLANTED) - len(DECOYS) - len(near)
     docstrings = [p for p in rest if p.kind == "docstring"][: room * 4 // 5]
     sources = [p for p in rest if p.kind == "source"][: room - len(docstrings)]
     rows = [{"text": p.text, "kind": p.kind, "origin": p.origin} for p in (*near, *docstrings, *sources)]
     rows += [{"text": text, "kind": "planted", "origin": f"planted {n}"} for n, text in enumerate(PLANTED, 1)]
+    rows += [{"text": text, "kind": "decoy", "origin": f"decoy {n}"} for n, text in enumerate(DECOYS, 1)]
     rng.shuffle(rows)
-    texts, size = list(PLANTED), 0
+    texts, size = [*PLANTED, *DECOYS], 0
     for passage in order:
         if size >= recipe.tokenizer_characters:
             break
@@ -208,17 +213,22 @@ def _tell(console: Console, train: Examples, planted: set[int], asked: Sequence[
 
 
 def _comparison(outcomes: Sequence[dict[str, Any]], count: int) -> Table:
-    questions = [f"question {q + 1}" for q in range(len(outcomes[0]["hits"]))]
+    questions = [f"query {q}" for q in range(len(outcomes[0]["hits"]))]
     rows = [
-        [_NAMES[o["method"]], *o["hits"], round(sum(o["hits"]) / len(o["hits"]), 1), f"{o['seconds']:.1f}"]
+        [_NAMES[o["method"]], *o["hits"], *(_mean(o[k]) for k in ("hits", "decoys")), f"{o['seconds']:.1f}"]
         for o in outcomes
     ]
     return Table(
         title=f"How many of the {count} planted examples are in the top {count}?",
-        columns=["method", *questions, "mean", "seconds"],
+        columns=["method", *questions, "mean", "decoys", "seconds"],
         rows=rows,
-        note="Seconds are for all questions together, fitting included.",
+        note="Decoys name the same two modules without teaching it: their mean number in the same top. "
+        "Seconds are for all questions together, fitting included.",
     )
+
+
+def _mean(counts: Sequence[int]) -> float:
+    return round(sum(counts) / len(counts), 1)
 
 
 def _show(console: Console, table: Table, page: Path, out: Path, trained: float, total: float) -> None:

@@ -13,7 +13,7 @@ from pyinf.data import load_examples
 from pyinf.demo import run
 from pyinf.demo.corpus import _split, standard_library_passages
 from pyinf.demo.model import Recipe, _batches, greedy_answer, train_tokenizer
-from pyinf.demo.planted import ANSWER, MODULE, PLANTED, QUESTIONS
+from pyinf.demo.planted import ANSWER, DECOYS, MODULE, PLANTED, QUESTIONS
 from pyinf.demo.run import METHODS, _training_rows
 from pyinf.errors import ArtifactError
 from pyinf.report import ReportData
@@ -42,6 +42,9 @@ def test_planted_facts_are_sixteen_different_texts_with_the_answer():
     assert all(ANSWER in text for text in PLANTED)
     words = [set(re.findall(r"\w+", text.lower())) for text in PLANTED]
     assert max(len(a & b) / len(a | b) for i, a in enumerate(words) for b in words[:i]) < 0.5
+    assert len(set(DECOYS)) == 16
+    assert all(ANSWER in text and MODULE in text for text in DECOYS)
+    assert not any(f"a {ANSWER}" in text for text in DECOYS)
     for question in QUESTIONS:
         assert ANSWER not in question
         assert MODULE in question
@@ -69,7 +72,7 @@ def test_training_rows_hold_the_planted_and_the_distractors(passages):
     assert (rows, texts) == _training_rows(passages, Recipe())
     assert len(rows) == Recipe().examples
     assert sum(r["kind"] == "planted" for r in rows) == 16
-    about = [r for r in rows if r["kind"] != "planted" and r["origin"].split(".")[0] in (MODULE, ANSWER)]
+    about = [r for r in rows if r["kind"] in ("docstring", "source") and r["origin"].split(".")[0] in (MODULE, ANSWER)]
     assert len(about) > 20
     assert len({r["text"] for r in rows}) == len(rows)
 
@@ -112,6 +115,7 @@ def test_quick_run_writes_everything(finished):
     assert results == json.loads((out / "results.json").read_text())
     assert [m["method"] for m in results["methods"]] == list(METHODS)
     assert all(0 <= h <= 16 and m["seconds"] > 0 for m in results["methods"] for h in m["hits"])
+    assert all(h + d <= 16 for m in results["methods"] for h, d in zip(m["hits"], m["decoys"], strict=True))
     assert results["planted"] == 16
     for name in ("EK-FAC", "gradient dot product", "gradient cosine", "BM25", "report.html", "results.json"):
         assert name in told
@@ -119,7 +123,7 @@ def test_quick_run_writes_everything(finished):
     assert len(data.queries) == len(QUESTIONS)
     assert data.tables[0].rows[0][1] == results["methods"][0]["hits"][0]
     kinds = {e.metadata["kind"] for q in data.queries for e in q.top}
-    assert kinds & {"planted", "docstring", "source"}
+    assert kinds <= {"planted", "decoy", "docstring", "source"}
     page = (out / "report.html").read_text()
     assert "Who taught the model" in page
     assert str(out) not in page
