@@ -128,7 +128,7 @@ def gradients(
 def tokens_seen(
     model: nn.Module, examples: Sequence[dict[str, Any]], names: Sequence[str], loss: Callable = causal_loss
 ) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
-    """Per layer and sequence: inputs (with ones for a bias) and output gradients, by full backward hooks of autograd."""
+    """Per layer and sequence: inputs (with ones for a bias) and output gradients, by full backward hooks of autograd."""  # noqa: E501
     modules = dict(model.named_modules())
     inputs: dict[str, list[Tensor]] = {n: [] for n in names}
     grads: dict[str, list[Tensor]] = {n: [] for n in names}

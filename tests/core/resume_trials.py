@@ -1,7 +1,7 @@
-"""Runs a fit and a scoring in forked children, kills them with SIGKILL, and reports what the survivors leave behind.
+"""Runs a fit and a scoring in forked children, kills them at any moment, and reports what the survivors leave behind.
 
 Not a test module: test_core_resume.py starts it in a process of its own, so that torch is imported once for all children.
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import os
 import random
 import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -49,11 +48,14 @@ def work(directory: Path, method: str, cache: str, rank) -> None:
     attributor.options["memory_budget"] = needed - attributor._plan.memory["queries"] // 2  # two blocks of queries
     scores = attributor.score(QUERIES, TRAIN, batch_size=3)
     assert attributor._plan.score_passes == 2
-    torch.save({"values": scores.values, "energy": scores.meta.get("captured_energy")}, directory.parent / f"{directory.name}.pt")
+    torch.save(
+        {"values": scores.values, "energy": scores.meta.get("captured_energy")},
+        directory.parent / f"{directory.name}.pt",
+    )
 
 
-def child(directory: Path, setting: tuple, kill_at: int | None, counted: Path | None = None) -> int:
-    """Fork a child that works; it kills itself at its ``kill_at``-th step on the disk, counting fsyncs and renames."""
+def child(directory: Path, setting: tuple, kill_at: int | None, delay: float = 0.0, counted: Path | None = None) -> int:
+    """Fork a child that works and dies at its ``kill_at``-th step on the disk (fsyncs, renames), or ``delay`` seconds later."""  # noqa: E501
     pid = os.fork()
     if pid:
         return pid
@@ -62,10 +64,12 @@ def child(directory: Path, setting: tuple, kill_at: int | None, counted: Path | 
     def counting(real):
         def run(*args, **kwargs):
             calls[0] += 1
-            if calls[0] == kill_at:
+            if calls[0] == kill_at and delay:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process as SIGKILL does: nothing is cleaned up
+                signal.setitimer(signal.ITIMER_REAL, delay)
+            elif calls[0] == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            out = real(*args, **kwargs)
-            return out
+            return real(*args, **kwargs)
 
         return run
 
@@ -85,40 +89,40 @@ def child(directory: Path, setting: tuple, kill_at: int | None, counted: Path | 
 def finished(pid: int) -> str:
     _, status = os.waitpid(pid, 0)
     if os.WIFSIGNALED(status):
-        return "killed" if os.WTERMSIG(status) == signal.SIGKILL else f"signal {os.WTERMSIG(status)}"
+        return "killed" if os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGALRM) else f"signal {os.WTERMSIG(status)}"
     return "done" if os.WEXITSTATUS(status) == 0 else "failed"
 
 
 def digest(directory: Path) -> dict:
-    factors = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted((directory / "fit" / "factors").iterdir())}
+    factors = {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted((directory / "fit" / "factors").iterdir())
+    }
     scores = torch.load(directory.parent / f"{directory.name}.pt", weights_only=True)
-    left = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if "factors" not in p.parts and p.is_file())
-    return {"factors": factors, "scores": hashlib.sha256(scores["values"].numpy().tobytes()).hexdigest(), "energy": scores["energy"], "left": left}
+    left = sorted(
+        str(p.relative_to(directory)) for p in directory.rglob("*") if "factors" not in p.parts and p.is_file()
+    )
+    return {
+        "factors": factors,
+        "scores": hashlib.sha256(scores["values"].numpy().tobytes()).hexdigest(),
+        "energy": scores["energy"],
+        "left": left,
+    }
 
 
 def main(root: Path, setting: tuple, seed: int) -> None:
     torch.set_num_threads(1)
     rng = random.Random(seed)
     whole, counted = root / "whole", root / "count"
-    started = time.monotonic()
-    assert finished(child(whole, setting, None, counted)) == "done"
-    seconds, steps = time.monotonic() - started, int(counted.read_text())
+    assert finished(child(whole, setting, None, counted=counted)) == "done"
+    steps = int(counted.read_text())
     reference, trials = digest(whole), []
     for number in range(4):
         directory, kills = root / f"run{number}", []
-        while len(kills) < 40:
-            if number % 2 == 0:  # at chosen steps on the disk, two or three kills a run
-                at = rng.randrange(1, max(2, steps)) if len(kills) < 3 else None
-                outcome = finished(child(directory, setting, at))
-            else:  # at random moments
-                pid = child(directory, setting, None)
-                if len(kills) < 3:
-                    time.sleep(rng.uniform(0.02, 0.8 * seconds))
-                    os.kill(pid, signal.SIGKILL)
-                outcome = finished(pid)
-            kills.append(outcome)
-            if outcome != "killed":
-                break
+        while not kills or kills[-1] == "killed":
+            # The first child dies anywhere; those that go on have less to do, and die early if at all.
+            at = rng.randrange(1, (int(0.9 * steps) if not kills else steps // 3) + 1) if len(kills) < 3 else None
+            delay = rng.uniform(1e-4, 0.01) if number % 2 else 0.0
+            kills.append(finished(child(directory, setting, at, delay)))
         trials.append({"kills": kills, **(digest(directory) if kills[-1] == "done" else {})})
     print(json.dumps({"reference": reference, "trials": trials, "steps": steps}))
 

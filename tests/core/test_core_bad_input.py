@@ -22,33 +22,33 @@ DATA = [
     ([], "train is empty; give at least one sequence"),
     (iter([GOOD]), "train is a list_iterator; give a sized, indexable collection (a list of dicts, a Dataset)"),
     (7, "train is a int; give a sized, indexable collection (a list of dicts, a Dataset)"),
-    ({"input_ids": [[1, 2]]}, "train is a dict of columns; give one mapping a sequence, for instance Dataset.from_dict(...)"),
+    ({"input_ids": [[1, 2]]}, "train is a dict of columns; give one mapping a sequence, for instance Dataset.from_dict(...)"),  # noqa: E501
     ([GOOD, "text"], "train[1] is a str; every example must be a mapping with 'input_ids'"),
     ([GOOD, {"text": "x", "id": 3}], "train[1] has no field 'input_ids' (found: id, text); tokenise the data first"),
     ([GOOD, {}], "train[1] has no field 'input_ids' (found: nothing); tokenise the data first"),
     ([GOOD, {"input_ids": []}], "train[1]['input_ids'] has shape (0,); it must be a non-empty list of token ids"),
-    ([GOOD, {"input_ids": [[1, 2], [3, 4]]}], "train[1]['input_ids'] has shape (2, 2); it must be a non-empty list of token ids"),
+    ([GOOD, {"input_ids": [[1, 2], [3, 4]]}], "train[1]['input_ids'] has shape (2, 2); it must be a non-empty list of token ids"),  # noqa: E501
     ([GOOD, {"input_ids": 5}], "train[1]['input_ids'] has shape (); it must be a non-empty list of token ids"),
     ([GOOD, {"input_ids": None}], "train[1]['input_ids'] is not a sequence of integers"),
     ([GOOD, {"input_ids": ["a", "b"]}], "train[1]['input_ids'] is not a sequence of integers"),
     ([GOOD, {"input_ids": [[1, 2], [3]]}], "train[1]['input_ids'] is not a sequence of integers"),
-    ([GOOD, {"input_ids": [1.0, 2.5]}], "train[1]['input_ids'] holds torch.float32; token ids and labels must be integers"),
+    ([GOOD, {"input_ids": [1.0, 2.5]}], "train[1]['input_ids'] holds torch.float32; token ids and labels must be integers"),  # noqa: E501
     ([GOOD, {"input_ids": [1, oracle.VOCAB]}],
      "train[1] holds token id 41, outside the model's vocabulary of 41; tokenise with the model's own tokenizer"),
     ([GOOD, {"input_ids": [1, -2]}],
      "train[1] holds token id -2, outside the model's vocabulary of 41; tokenise with the model's own tokenizer"),
     ([GOOD, {"input_ids": [1] * 33}],
      "train[1] has 33 tokens, the model takes at most 32; truncate it (max_length) or split it"),
-    ([GOOD, {"input_ids": [1, 2], "attention_mask": [1]}], "train[1]: attention_mask has 1 entries, input_ids 2; they must match"),
-    ([GOOD, {"input_ids": [1, 2, 3], "labels": [1, 2]}], "train[1]: labels has 2 entries, input_ids 3; they must match"),
+    ([GOOD, {"input_ids": [1, 2], "attention_mask": [1]}], "train[1]: attention_mask has 1 entries, input_ids 2; they must match"),  # noqa: E501
+    ([GOOD, {"input_ids": [1, 2, 3], "labels": [1, 2]}], "train[1]: labels has 2 entries, input_ids 3; they must match"),  # noqa: E501
     ([GOOD, {"input_ids": [1, 2], "labels": [1, 99]}],
      "train[1]['labels'] holds ids outside the vocabulary of 41; use −100 to ignore a position"),
     ([GOOD, {"input_ids": [1, 2], "labels": [1, -1]}],
      "train[1]['labels'] holds ids outside the vocabulary of 41; use −100 to ignore a position"),
-    ([GOOD, {"input_ids": [1, 2], "labels": 1}], "train[1] has one label a sequence, train[0] has one label a token; all must agree"),
+    ([GOOD, {"input_ids": [1, 2], "labels": 1}], "train[1] has one label a sequence, train[0] has one label a token; all must agree"),  # noqa: E501
     ([GOOD, {"input_ids": [1, 2], "token_type_ids": [0, 1]}],
      "train[1] has the fields ['token_type_ids'], train[0] has []; all must agree"),
-    ([{"input_ids": [1, 2], "token_type_ids": [0]}], "train[0]: token_type_ids has 1 entries, input_ids 2; they must match"),
+    ([{"input_ids": [1, 2], "token_type_ids": [0]}], "train[0]: token_type_ids has 1 entries, input_ids 2; they must match"),  # noqa: E501
 ]  # fmt: skip
 
 

@@ -29,7 +29,12 @@ def base(model):
 
 @pytest.mark.parametrize("fisher", ["empirical", "sampled"])
 def test_batch_size_and_token_budget(model, base, fisher):
-    for options in ({"batch_size": 1}, {"batch_size": 8}, {"batch_size": None, "token_budget": 20}, {"batch_size": None}):
+    for options in (
+        {"batch_size": 1},
+        {"batch_size": 8},
+        {"batch_size": None, "token_budget": 20},
+        {"batch_size": None},
+    ):
         assert oracle.error(scores(model, fisher=fisher, **options).values, base[fisher]) < TOLERANCE
 
 
@@ -132,13 +137,18 @@ def test_holes_in_the_mask(model):
         {"input_ids": [4, 5, 6, 9, 9, 8, 11], "attention_mask": [1, 1, 1, 0, 0, 1, 1]},
         *TRAIN[:3],
     ]
-    other = [{**e, "input_ids": [i if m else 30 for i, m in zip(e["input_ids"], e["attention_mask"], strict=True)]}
-             for e in holed[:2]] + holed[2:]
+    other = [
+        {**e, "input_ids": [i if m else 30 for i, m in zip(e["input_ids"], e["attention_mask"], strict=True)]}
+        for e in holed[:2]
+    ] + holed[2:]
     found = scores(model, holed, batch_size=5).values
     assert oracle.error(scores(model, other, batch_size=1).values, found) < TOLERANCE
 
     def loss(model, example):
-        ids, mask = torch.tensor([example["input_ids"]]), torch.tensor([example.get("attention_mask", [1] * len(example["input_ids"]))])
+        ids, mask = (
+            torch.tensor([example["input_ids"]]),
+            torch.tensor([example.get("attention_mask", [1] * len(example["input_ids"]))]),
+        )
         labels = ids.masked_fill(mask == 0, -100)[0, 1:].masked_fill(mask[0, :-1] == 0, -100)
         return torch.nn.functional.cross_entropy(
             model(input_ids=ids, attention_mask=mask).logits[0, :-1], labels, ignore_index=-100, reduction="sum"
@@ -193,7 +203,10 @@ def test_the_plan_says_what_is_kept_and_why(model):
     assert "stays in scratch files" in notes(cache="disk")
     assert "the model runs again for every stage (cache='none')" in notes(cache="none")
     assert notes(method="grad_dot") == ""
-    passes = {m: pyinf.Attributor(model, m).plan(TRAIN, QUERIES, 4).fit_passes for m in ("ekfac", "kfac", "diagonal", "grad_dot")}
+    passes = {
+        m: pyinf.Attributor(model, m).plan(TRAIN, QUERIES, 4).fit_passes
+        for m in ("ekfac", "kfac", "diagonal", "grad_dot")
+    }
     assert passes == {"ekfac": 2, "kfac": 1, "diagonal": 1, "grad_dot": 0}
 
 
@@ -202,7 +215,11 @@ def test_one_model_pass_serves_all_stages(model, monkeypatch):
 
     calls = []
     real = TracingSession.run
-    monkeypatch.setattr(TracingSession, "run", lambda self, batch, consumer, loss="train": calls.append(loss) or real(self, batch, consumer, loss))
+    monkeypatch.setattr(
+        TracingSession,
+        "run",
+        lambda self, batch, consumer, loss="train": calls.append(loss) or real(self, batch, consumer, loss),
+    )
     scores(model, batch_size=4)
     assert calls == ["train"] * 2 + ["measurement"]
     calls.clear()
@@ -244,14 +261,21 @@ def test_sampled_labels_average_to_the_true_fisher():
                 (g,) = torch.autograd.grad(log_p[t, y], weight, retain_graph=True)
                 exact += log_p[t, y].detach().exp() * g.square() / len(train)
     assert oracle.error(exact, ggn) < 1e-10  # Fisher = Gauss–Newton for a softmax
-    draws = torch.stack([
-        pyinf.Attributor(model, "diagonal", seed=s, modules="layer").fit(train).factors.layers["layer"].corrected[:, :-1]
-        for s in range(160)
-    ])
+    draws = torch.stack(
+        [
+            pyinf.Attributor(model, "diagonal", seed=s, modules="layer")
+            .fit(train)
+            .factors.layers["layer"]
+            .corrected[:, :-1]
+            for s in range(160)
+        ]
+    )
     z = (draws.mean(0) - exact) / (draws.std(0) / len(draws) ** 0.5)
     assert float(z.abs().max()) < 4.5 and float(z.square().mean()) < 3
     assert oracle.error(draws.mean(0), exact) < 0.1
-    empirical = pyinf.Attributor(model, "diagonal", fisher="empirical", modules="layer").fit(train).factors.layers["layer"]
+    empirical = (
+        pyinf.Attributor(model, "diagonal", fisher="empirical", modules="layer").fit(train).factors.layers["layer"]
+    )
     assert oracle.error(empirical.corrected[:, :-1], exact) > 0.2  # the test can tell the two apart
 
 
@@ -259,8 +283,11 @@ def test_draws_depend_on_seed_and_content_only():
     model = oracle.make("llama", torch.float32)
     fits = {}
     for name, train, batch_size, seed in (
-        ("base", TRAIN, 3, 0), ("again", TRAIN, 1, 0), ("seed", TRAIN, 3, 1),
-        ("reversed", TRAIN[::-1], 3, 0), ("padded", [oracle.padded(e, 2, i) for i, e in enumerate(TRAIN)], 8, 0),
+        ("base", TRAIN, 3, 0),
+        ("again", TRAIN, 1, 0),
+        ("seed", TRAIN, 3, 1),
+        ("reversed", TRAIN[::-1], 3, 0),
+        ("padded", [oracle.padded(e, 2, i) for i, e in enumerate(TRAIN)], 8, 0),
     ):
         fits[name] = pyinf.Attributor(model, "diagonal", seed=seed).fit(train, batch_size).factors.layers
     name = next(iter(fits["base"]))

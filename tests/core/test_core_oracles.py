@@ -251,9 +251,21 @@ def test_diagonal(name):
             x[n] = v[n] / (Lam + 0.1 * Lam.mean())
         X.append(x)
     assert oracle.error(case.attributor.score(case.queries, case.train).values, oracle.dot(X, case.G)) < TOLERANCE
-    wanted = torch.stack([sum((g[n].square() / (case.attributor.factors.layers[n].corrected
-                          + 0.1 * case.attributor.factors.layers[n].corrected.mean())).sum() for n in case.names)
-                          for g in case.G])
+    wanted = torch.stack(
+        [
+            sum(
+                (
+                    g[n].square()
+                    / (
+                        case.attributor.factors.layers[n].corrected
+                        + 0.1 * case.attributor.factors.layers[n].corrected.mean()
+                    )
+                ).sum()
+                for n in case.names
+            )
+            for g in case.G
+        ]
+    )
     assert oracle.error(case.attributor.self_score(case.train), wanted) < TOLERANCE
 
 

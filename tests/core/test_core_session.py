@@ -1,4 +1,4 @@
-"""The pass itself: checkpointing, what is put back, non-finite values, precision, tasks, and how users really call it."""
+"""The pass itself: checkpointing, what is put back, non-finite values, precision, tasks, and how users call it."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _same(one, two) -> bool:
 
 
 def _lived_in(name: str) -> nn.Module:
-    """A model in the middle of its owner's work: some parameters frozen, some submodules in train mode, grads present."""
+    """A model in the middle of its owner's work: some parameters frozen, some submodules in train mode, grads present."""  # noqa: E501
     model = oracle.make(name, torch.float32)
     for number, parameter in enumerate(model.parameters()):
         if number % 3 == 0:
@@ -190,7 +190,9 @@ def test_nothing_below_the_first_traced_layer_is_differentiated():
     model = oracle.make("llama", torch.float32)
     seen = []
     for number, block in enumerate(model.model.layers):
-        block.input_layernorm.register_forward_hook(lambda m, a, out, number=number: seen.append((number, out.requires_grad)))
+        block.input_layernorm.register_forward_hook(
+            lambda m, a, out, number=number: seen.append((number, out.requires_grad))
+        )
     pyinf.attribute(model, TRAIN, QUERIES, "grad_dot", modules="model.layers.1.mlp.down_proj")
     assert seen and not any(requires for _, requires in seen)
 
@@ -248,8 +250,13 @@ class _Explode(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("reentrant", [None, True, False])
-@pytest.mark.parametrize("kind, what", [("input", "input of layer 'blocks.0.inner.second'"),
-                                        ("gradient", "gradient at the output of layer 'blocks.0.inner.first'")])
+@pytest.mark.parametrize(
+    "kind, what",
+    [
+        ("input", "input of layer 'blocks.0.inner.second'"),
+        ("gradient", "gradient at the output of layer 'blocks.0.inner.first'"),
+    ],
+)
 def test_what_the_loss_does_not_show(kind, what, reentrant):
     torch.manual_seed(0)
     model = _Net(_Checkpointed(_Squash(kind), reentrant))
@@ -270,7 +277,10 @@ def test_fp16_overflow_in_the_backward():
         def train_loss(self, model, batch, sample=False):
             return super().train_loss(model, batch, sample).float() * 1e6
 
-    with pytest.raises(NonFiniteError, match=r"gradient at the output of layer '.*c_\w+' is not finite for example \d; run the model in a wider dtype"):
+    with pytest.raises(
+        NonFiniteError,
+        match=r"gradient at the output of layer '.*c_\w+' is not finite for example \d; run the model in a wider dtype",
+    ):
         pyinf.attribute(model, TRAIN, QUERIES, task=Loud())
 
 
@@ -336,8 +346,17 @@ def test_ambient_settings_change_nothing():
 def test_dropout_train_mode_and_cache_do_not_matter():
     import transformers as tf
 
-    config = tf.GPT2Config(vocab_size=oracle.VOCAB, n_embd=16, n_layer=2, n_head=4, n_positions=32, resid_pdrop=0.5,
-                           attn_pdrop=0.5, embd_pdrop=0.5, use_cache=True)
+    config = tf.GPT2Config(
+        vocab_size=oracle.VOCAB,
+        n_embd=16,
+        n_layer=2,
+        n_head=4,
+        n_positions=32,
+        resid_pdrop=0.5,
+        attn_pdrop=0.5,
+        embd_pdrop=0.5,
+        use_cache=True,
+    )
     torch.manual_seed(0)
     model = tf.GPT2LMHeadModel(config)
     assert model.training
@@ -361,7 +380,10 @@ def test_kinds_of_collections_give_the_same_scores():
         def __getitem__(self, index):
             if not 0 <= index < len(TRAIN):
                 raise IndexError(index)
-            return {"input_ids": torch.tensor(TRAIN[index]["input_ids"], dtype=torch.int32), "text": "other fields stay"}
+            return {
+                "input_ids": torch.tensor(TRAIN[index]["input_ids"], dtype=torch.int32),
+                "text": "other fields stay",
+            }
 
     table = datasets.Dataset.from_list([{**e, "label": i} for i, e in enumerate(TRAIN)])
     encodings = [BatchEncoding({**e, "attention_mask": [1] * len(e["input_ids"])}) for e in TRAIN]
@@ -432,7 +454,7 @@ def test_scores_save_load_and_table(tmp_path):
             assert oracle.error(torch.tensor(summed), scores.total()) < 1e-5
     file = tmp_path / "0" / "scores.safetensors"
     file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(pyinf.errors.ArtifactError, match="scores.safetensors"):
+    with pytest.raises(pyinf.errors.ArtifactError, match="scores.safetensors"):  # noqa: RUF043
         pyinf.Scores.load(tmp_path / "0")
 
 
@@ -445,15 +467,21 @@ def test_log_odds_of_two_continuations():
     queries = []
     for mine, other in (([5, 6], [7, 8, 9, 10, 11]), ([5, 6, 7, 8, 9], [4, 3]), ([2, 9, 4], [9, 2, 4])):
         prompt = [3, 1, 4, 1]
-        queries.append({
-            "input_ids": prompt + mine, "labels": [-100] * 4 + mine,
-            "other_input_ids": prompt + other, "other_labels": [-100] * 4 + other,
-            "other_attention_mask": [1] * (4 + len(other)),
-        })
+        queries.append(
+            {
+                "input_ids": prompt + mine,
+                "labels": [-100] * 4 + mine,
+                "other_input_ids": prompt + other,
+                "other_labels": [-100] * 4 + other,
+                "other_attention_mask": [1] * (4 + len(other)),
+            }
+        )
 
     def measured(model, query):
         mine = oracle.causal_loss(model, query)
-        return mine - oracle.causal_loss(model, {"input_ids": query["other_input_ids"], "labels": query["other_labels"]})
+        return mine - oracle.causal_loss(
+            model, {"input_ids": query["other_input_ids"], "labels": query["other_labels"]}
+        )
 
     names = pyinf.Attributor(model).selection.names
     G, V = oracle.gradients(model, TRAIN, names), oracle.gradients(model, queries, names, measured)
@@ -477,7 +505,9 @@ class _Margin(pyinf.CausalLM):
 
     def measurement(self, model, batch):
         mask = batch.get("attention_mask")
-        last = torch.full((len(batch["input_ids"]),), batch["input_ids"].shape[1] - 1) if mask is None else mask.sum(1) - 1
+        last = (
+            torch.full((len(batch["input_ids"]),), batch["input_ids"].shape[1] - 1) if mask is None else mask.sum(1) - 1
+        )
         logits = model(input_ids=batch["input_ids"], attention_mask=mask).logits
         final = logits[torch.arange(len(last)), last]
         return (final.gather(1, batch["answer"].unsqueeze(1)).squeeze(1) - final.mean(1)).sum()
@@ -543,11 +573,14 @@ class _Constant(pyinf.CausalLM):
         return torch.zeros(())
 
 
-@pytest.mark.parametrize("task, error, message", [
-    (_NoLoss(), pyinf.errors.ConfigError, "_NoLoss defines no train_loss"),
-    (_PerToken(), ModelError, r"the task returned a loss of shape \(\d+, \d+\)"),
-    (_Constant(), ModelError, "the loss does not depend on any traced layer"),
-])
+@pytest.mark.parametrize(
+    "task, error, message",
+    [
+        (_NoLoss(), pyinf.errors.ConfigError, "_NoLoss defines no train_loss"),
+        (_PerToken(), ModelError, r"the task returned a loss of shape \(\d+, \d+\)"),
+        (_Constant(), ModelError, "the loss does not depend on any traced layer"),
+    ],
+)
 def test_tasks_that_cannot_work(task, error, message):
     with pytest.raises(error, match=message):
         pyinf.attribute(oracle.make("llama", torch.float32), TRAIN, QUERIES, task=task)
@@ -559,11 +592,13 @@ def test_models_and_tasks_that_do_not_match():
         pyinf.attribute(bert, TRAIN, QUERIES)
     with pytest.raises(pyinf.errors.DataError, match="one label a token; use task=SequenceClassification"):
         pyinf.attribute(llama, oracle.classified(3), QUERIES)
-    with pytest.raises(pyinf.errors.DataError, match="one integer label an example; give every example a 'labels' field"):
+    with pytest.raises(
+        pyinf.errors.DataError, match="one integer label an example; give every example a 'labels' field"
+    ):
         pyinf.attribute(bert, TRAIN, QUERIES, task=pyinf.SequenceClassification())
     bad = oracle.classified(3)
     bad[1]["labels"] = 3
     with pytest.raises(pyinf.errors.DataError, match="example 1 has label 3, the model has 3 classes"):
         pyinf.attribute(bert, bad, oracle.classified(2), task=pyinf.SequenceClassification())
-    with pytest.raises(ModelError, match="returned .* instead of logits"):
+    with pytest.raises(ModelError, match="returned .* instead of logits"):  # noqa: RUF043
         pyinf.attribute(llama.model, TRAIN, QUERIES)

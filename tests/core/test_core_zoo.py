@@ -17,7 +17,7 @@ TRAIN, QUERIES = oracle.data(5, 1), oracle.data(2, 2, low=6)
 PER_BLOCK = {
     "gpt2": "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj",
     "gpt_neox": "attention.query_key_value attention.dense mlp.dense_h_to_4h mlp.dense_4h_to_h",
-    "bert": "attention.self.query attention.self.key attention.self.value attention.output.dense intermediate.dense output.dense",
+    "bert": "attention.self.query attention.self.key attention.self.value attention.output.dense intermediate.dense output.dense",  # noqa: E501
 }
 LLAMA = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
 BLOCKS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers", "bert": "bert.encoder.layer"}
@@ -65,7 +65,9 @@ def test_the_covariance_of_a_shared_input_is_computed_once(monkeypatch):
     model = oracle.make("llama", torch.float32)
     calls = []
     real = fit.ops.accumulate_covariance
-    monkeypatch.setattr(fit.ops, "accumulate_covariance", lambda C, x, *a, **k: calls.append(x.data_ptr()) or real(C, x, *a, **k))
+    monkeypatch.setattr(
+        fit.ops, "accumulate_covariance", lambda C, x, *a, **k: calls.append(x.data_ptr()) or real(C, x, *a, **k)
+    )
     attributor = pyinf.Attributor(model).fit(TRAIN, batch_size=5)
     assert len(calls) == 2 * (7 + 4)  # per block: seven layers, and four inputs (qkv, o, gate and up, down)
     assert len(attributor.factors.inputs) == 8
@@ -84,15 +86,20 @@ def test_selection_by_name_glob_list_and_predicate():
     assert names(q) == [q] and names([q]) == [q]
     assert names("*.mlp.c_fc") == ["transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_fc"]
     assert names(["*.1.mlp.c_proj", q]) == [q, "transformer.h.1.mlp.c_proj"]  # the model's order
-    assert names(lambda name, module: "h.1.attn" in name) == ["transformer.h.1.attn.c_attn", "transformer.h.1.attn.c_proj"]
+    assert names(lambda name, module: "h.1.attn" in name) == [
+        "transformer.h.1.attn.c_attn",
+        "transformer.h.1.attn.c_proj",
+    ]
     assert names("lm_head") == ["lm_head"]
-    with pytest.raises(ModuleSelectionError, match=r"no layer matched 'transformer\.h\.0\.attn\.catn'; nearest names: .*c_attn"):
+    with pytest.raises(
+        ModuleSelectionError, match=r"no layer matched 'transformer\.h\.0\.attn\.catn'; nearest names: .*c_attn"
+    ):
         names("transformer.h.0.attn.catn")
     with pytest.raises(ModuleSelectionError, match="no layer matched the predicate"):
         names(lambda name, module: False)
     with pytest.raises(ModuleSelectionError, match=r"layer 'transformer\.wte' is a Embedding, which cannot be traced"):
         names([q, "transformer.wte"])
-    with pytest.raises(ModuleSelectionError, match="layer 'transformer.h.0.ln_1' is a LayerNorm"):
+    with pytest.raises(ModuleSelectionError, match="layer 'transformer.h.0.ln_1' is a LayerNorm"):  # noqa: RUF043
         names("transformer.h.0.ln_1")
     with pytest.raises(ModuleSelectionError, match="no layer that can be traced"):
         select_layers(nn.Embedding(3, 4))
@@ -141,7 +148,7 @@ def test_what_cannot_be_traced_is_listed_with_its_share():
         selection = select_layers(model)
     assert selection.names == ["blocks.0.gate", "blocks.1"]
     assert selection.untraced == {"_Routed": 192} and 0 < selection.share < 1
-    with pytest.raises(ModuleSelectionError, match="'blocks.0' is a _Routed"):
+    with pytest.raises(ModuleSelectionError, match="'blocks.0' is a _Routed"):  # noqa: RUF043
         select_layers(model, ["blocks.0"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -284,7 +291,9 @@ def test_a_fresh_adapter_is_an_error_that_names_the_layer():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(oracle.make("llama", torch.float32), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     attributor = pyinf.Attributor(model).fit(TRAIN)  # B is zero, so no gradient reaches A
-    with pytest.raises(pyinf.errors.NonFiniteError, match=r"layer 'base_model\..*lora_A\.default' is 0\.0: its gradients vanish"):
+    with pytest.raises(
+        pyinf.errors.NonFiniteError, match=r"layer 'base_model\..*lora_A\.default' is 0\.0: its gradients vanish"
+    ):
         attributor.score(QUERIES, TRAIN)
 
 
@@ -329,7 +338,9 @@ class _Transposed(nn.Module):
 
 def test_sequence_first_layers_are_refused_not_mixed_up():
     model = _Net(_Transposed())
-    with pytest.raises(ModelError, match=r"layer 'blocks\.0\.inner' reads inputs of shape .* positions before sequences"):
+    with pytest.raises(
+        ModelError, match=r"layer 'blocks\.0\.inner' reads inputs of shape .* positions before sequences"
+    ):
         pyinf.attribute(model, TRAIN, QUERIES, "grad_dot", batch_size=3)
 
 
@@ -376,5 +387,7 @@ def test_an_output_changed_in_place_is_fine_and_an_input_is_an_error():
     model = _Net(_InPlace(False))
     attributor = pyinf.Attributor(model, "grad_dot")
     holds(model, attributor.selection.names, attributor.score(QUERIES, TRAIN, per_module=True).values)
-    with pytest.raises(ModelError, match=r"input of layer 'blocks\.0\.second' was changed in place after the layer read it"):
+    with pytest.raises(
+        ModelError, match=r"input of layer 'blocks\.0\.second' was changed in place after the layer read it"
+    ):
         pyinf.attribute(_Net(_InPlace(True)), TRAIN, QUERIES, "grad_dot")
