@@ -111,7 +111,7 @@ def accumulate_covariance(C: Tensor, x: Tensor, bias: bool = False, mask: Tensor
 def _covariance_block(d: int, device: torch.device) -> int:
     if device.type != "cpu":
         return max(1024, (d + 7) // 8)
-    # Measured on two AVX-512 cores: 4 blocks are best at 256 columns, 8 from 384 on (1.5 to 1.7 times the full product).
+    # Measured on AVX-512: 4 blocks are best at 256 columns, 8 from 384 on (1.5 to 1.7 times the full product).
     count = 1 if d < 192 else 4 if d < 384 else 8
     return max(1, -(-d // (16 * count)) * 16)
 
