@@ -5,7 +5,7 @@
 Random inputs, several copies of them in turn (together larger than the second-level caches), the two backends
 interleaved, medians and quartiles of wall time. The error of each backend against float64 is measured first: a backend
 whose error is more than twice that of plain torch, or not finite, gets no speed. ``auto`` is the backend that "auto"
-takes for the shape; the rule is that C++ is taken only where it was measured at 1.2 times torch or better.
+takes for the shape; C++ is taken only where it was measured ahead of torch.
 """
 
 from __future__ import annotations
