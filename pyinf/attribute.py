@@ -115,7 +115,8 @@ class Attributor:
             with ops.use_backend(backend):
                 pass  # an unknown or unavailable backend is an error now, not after an hour
         if not isinstance(model, nn.Module):
-            raise ModelError(f"a {type(model).__name__} is no model; load it first, for instance with AutoModelForCausalLM")
+            kind = type(model).__name__
+            raise ModelError(f"a {kind} is no model; load it first, for instance with AutoModelForCausalLM")
         model = getattr(model, "_orig_mod", model)  # a compiled wrapper: hooks need the module itself
         self.model, self.damping, self.damping_mode, self.fisher = model, float(damping), damping_mode, fisher
         self.task = copy.copy(task) if task is not None else CausalLM()

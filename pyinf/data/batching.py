@@ -156,7 +156,8 @@ def prepare(
     """
     if isinstance(examples, Mapping):
         raise DataError(
-            f"{name} is a {type(examples).__name__} of columns; give one mapping a sequence, for instance Dataset.from_dict(...)"
+            f"{name} is a {type(examples).__name__} of columns; give one mapping a sequence, "
+            "for instance Dataset.from_dict(...)"
         )
     if not isinstance(examples, Sized) or not hasattr(examples, "__getitem__"):
         raise DataError(
