@@ -228,7 +228,9 @@ class Attributor:
             plan = self._make_plan(train_data, query_data, batch_size)
             if self.method.factors is not None and self.factors is None:
                 self._fit(train_data, plan)
-            return self.score(queries, train, batch_size)
+            scores = self.score(queries, train, batch_size)
+            scores.meta["plan"] = plan.to_dict()  # of the whole run, not of its second half
+            return scores
         finally:
             self._keep_captured = False
             self._run.release()

@@ -13,7 +13,7 @@ TRAIN, QUERIES = oracle.data(8, 1), oracle.data(2, 2, low=6)
 
 
 def scores(model, train=TRAIN, queries=QUERIES, batch_size=3, **options):
-    options = {"method": "ekfac", "fisher": "empirical", "eigensolver": "fp64"} | options
+    options = {"method": "ekfac", "fisher": "empirical"} | options
     return pyinf.attribute(model, train, queries, batch_size=batch_size, **options)
 
 
@@ -86,7 +86,7 @@ def test_a_cache_that_holds_only_some_batches(model, base, monkeypatch):
 def test_label_masks(model):
     """Unlabelled positions still count in A and S, and a response's loss equals the full loss less the prompt's."""
     train = [{**e, "labels": [-100, -100, *e["input_ids"][2:]]} for e in TRAIN]
-    attributor = pyinf.Attributor(model, fisher="empirical", eigensolver="fp64").fit(train)
+    attributor = pyinf.Attributor(model, fisher="empirical").fit(train)
     wide = model.__class__(model.config).double().eval()
     wide.load_state_dict(model.state_dict())
     names = attributor.selection.names
@@ -165,7 +165,7 @@ def test_holes_in_the_mask(model):
 
 def test_query_blocks_when_memory_is_small(model, base):
     def attributor(**options):
-        return pyinf.Attributor(model, fisher="empirical", eigensolver="fp64", **options)
+        return pyinf.Attributor(model, fisher="empirical", **options)
 
     queries = [*QUERIES, *oracle.data(3, 5, low=6)]
     whole = attributor().run(TRAIN, queries, 4)
