@@ -55,8 +55,8 @@ def eigenbasis(matrix: Tensor, solver: str = "auto", name: str = "factor") -> tu
     dtype = matrix.dtype
     if solver == "orthogonal-iteration":
         return _orthogonal_iteration(matrix)
-    # Close eigenvalues make fp32 eigenvectors follow the last bit of the input, hence the batch size; small factors need
-    # not put up with that.
+    # Close eigenvalues make fp32 eigenvectors follow the last bit of the input, hence the batch size; small factors
+    # need not put up with that.
     wide = solver == "fp64" or (solver == "auto" and matrix.shape[0] <= _SMALL)
     work = matrix.double() if wide else matrix
     try:

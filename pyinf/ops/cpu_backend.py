@@ -77,7 +77,7 @@ def _check_squared(Lam: Tensor, g: Tensor, a: Tensor, offsets: Tensor) -> str | 
 
 
 def _prefer_squared(Lam: Tensor, g: Tensor, a: Tensor, offsets: Tensor) -> bool:
-    # benchmarks/results/cpu/ops.csv: ahead of torch from 768 by 768 on at lengths up to a few hundred, behind it elsewhere.
+    # benchmarks/results/cpu/ops.csv: ahead of torch from 768 by 768 on at lengths up to a few hundred, else behind it.
     return Lam.numel() >= 768 * 768 and g.shape[0] < 512 * max(1, offsets.numel() - 1)
 
 
