@@ -66,7 +66,7 @@ def methods() -> str:
 
 
 def _label(row: dict[str, str]) -> str:
-    variant = {"": "", "no_cache": ", model run again for each stage"}.get(row["variant"], f" ({row['variant']})")
+    variant = {"": "", "no_cache": ", model run again for each stage", "fp64": ", fp64 eigensolver", "memory": " (captured in memory)"}.get(row["variant"], f" ({row['variant']})")
     bold = "**" if row["library"] == "pyinf" else ""
     return f"{bold}{row['library'].replace('_', '-')} {row['version']}{variant}{bold}"
 

@@ -1,4 +1,5 @@
-"""pyinf, the one call: `Attributor.run`. Variants: what the plan chooses (default), or the model anew for each pass.
+"""pyinf, the one call: `Attributor.run`. Variants: what the plan chooses (default), the model anew for each pass,
+and the eigendecomposition in float64 as kronfluence and bergson have it.
 
 Stage times and memory come from the library's own progress events; the seconds it reports itself stand beside them.
 """
@@ -46,7 +47,7 @@ class _Sink:
 
 def main() -> None:
     """Run and write the result."""
-    run = Run(__doc__ or "", variants=("default", "no_cache"))
+    run = Run(__doc__ or "", variants=("default", "no_cache", "fp64"))
     with run.recorder.stage("setup"):
         model = run.model()
         train = [{"input_ids": torch.from_numpy(row)} for row in run.train]
@@ -59,14 +60,16 @@ def main() -> None:
             modules=run.shape.tracked(),
             damping=run.damping,
             fisher="empirical",
-            cache="auto" if run.variant == "default" else "none",
+            cache="none" if run.variant == "no_cache" else "auto",
+            eigensolver="fp64" if run.variant == "fp64" else "auto",
         )
         scores = attributor.run(train, queries, batch_size=run.shape.batch)
     run.finish(
         scores.values,
         "pyinf",
         pyinf.__version__,
-        "fp32; eigensolver auto; " + ("cache as planned" if run.variant == "default" else "cache none, three passes"),
+        f"fp32; eigensolver {'fp64' if run.variant == 'fp64' else 'auto'}; "
+        + ("cache none, three passes" if run.variant == "no_cache" else "cache as planned"),
         positions="all",
         own_timings=dict(attributor.timings),
         plan=scores.meta.get("plan"),
