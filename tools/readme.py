@@ -66,7 +66,13 @@ def methods() -> str:
 
 
 def _label(row: dict[str, str]) -> str:
-    variant = {"": "", "no_cache": ", model run again for each stage", "fp64": ", fp64 eigensolver", "memory": " (captured in memory)"}.get(row["variant"], f" ({row['variant']})")
+    variant = {
+        "": "",
+        "default": "",
+        "no_cache": ", model run again for each stage",
+        "fp64": ", fp64 eigensolver",
+        "memory": " (captured in memory)",
+    }.get(row["variant"], f" ({row['variant']})")
     bold = "**" if row["library"] == "pyinf" else ""
     return f"{bold}{row['library'].replace('_', '-')} {row['version']}{variant}{bold}"
 
@@ -138,8 +144,10 @@ def peers() -> str:
 
 
 def _machine(conditions: dict[str, Any]) -> str:
-    machine = conditions.get("machine", conditions)
-    return f"{machine.get('cpu', 'CPU')}, {machine.get('threads', conditions.get('threads', '?'))} threads, fp32"
+    order = "runs interleaved" if conditions["interleaved"] else "the runs of pyinf not interleaved with the others'"
+    repeats = f"{conditions['repeats']} repeats" if conditions["repeats"] > 1 else "one repeat"
+    load = f"other programs took up to {100 * conditions['largest_load_by_other_programs']:.0f} % of the machine"
+    return f"{conditions['processor']}, {conditions['threads']} threads, fp32; {repeats}, {order}; {load}"
 
 
 def floor() -> str:
@@ -149,7 +157,7 @@ def floor() -> str:
         ours = {
             r["stage"]: r
             for r in rows_of(RESULTS / "peers" / f"{shape}.csv")
-            if r["library"] == "pyinf" and not r["variant"]
+            if r["library"] == "pyinf" and r["variant"] in ("", "default")
         }
         for row in rows_of(RESULTS / "peers" / f"{shape}-floor.csv"):
             mine = ours.get(row["stage"], {}).get("seconds_median", "")
@@ -160,7 +168,7 @@ def floor() -> str:
                     row["stage"],
                     flops,
                     f"{float(row['seconds']):.1f}",
-                    f"{float(mine):.1f}" if mine else "in covariances",
+                    f"{float(mine):.1f}" if mine else "in the first stage",
                 ]
             )
     if not body:
