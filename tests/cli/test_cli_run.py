@@ -148,7 +148,9 @@ def test_version_help_and_no_stubs():
 def start(*arguments, **kwargs):
     code = "from pyinf.cli import main; main()"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(pyinf.__file__).parents[1])}
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], env=environment, **kwargs)
+    # A shell that runs the tests in the background has SIGINT ignored, and children inherit that: undo it.
+    undo = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], env=environment, **undo, **kwargs)
 
 
 def test_a_real_process(model_dir, files, tmp_path):
