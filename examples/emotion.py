@@ -23,22 +23,37 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import pyinf
 from pyinf import artifacts
 from pyinf.data import load_examples
-from pyinf.demo.model import Recipe, train_model, train_tokenizer
+from pyinf.demo.model import train_tokenizer
 
 METHODS = ("ekfac", "grad_dot", "grad_cos", "bm25")
-FULL = Recipe(
-    vocabulary=2048, hidden=128, intermediate=384, layers=4, heads=4, epochs=12, batch_tokens=512, learning_rate=2e-3
-)
-QUICK = Recipe(vocabulary=400, hidden=32, intermediate=64, layers=2, heads=2, epochs=2, batch_tokens=512)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of the model and of its training."""
+
+    vocabulary: int = 2048
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 4
+    epochs: int = 8
+    batch: int = 32
+    learning_rate: float = 1e-3
+
+
+QUICK = Size(vocabulary=400, hidden=32, layers=2, heads=2, epochs=2)
 
 
 @dataclass
@@ -80,13 +95,49 @@ def spread(rows: list[dict[str, Any]], count: int, seed: int) -> list[dict[str, 
     return turns[:count]
 
 
-def train_here(train_file: Path, rows: list[dict[str, Any]], recipe: Recipe, folder: Path) -> None:
-    """A tokenizer and a model trained on ``rows``, saved where ``pyinf attribute --model`` finds them."""
-    tokenizer = train_tokenizer([f"{row['prompt']} {row['response']}" for row in rows], recipe.vocabulary)
+def train_here(train_file: Path, rows: list[dict[str, Any]], size: Size, seed: int, folder: Path) -> None:
+    """A tokenizer and a model trained on ``rows``, saved where ``pyinf attribute --model`` finds them.
+
+    The loss is half that of the response, which is what attribution traces, and half that of the whole text, without
+    which so few examples would teach a model little about words. Means over the tokens of a batch.
+    """
+    tokenizer = train_tokenizer([f"{row['prompt']} {row['response']}" for row in rows], size.vocabulary)
     examples = load_examples(train_file, tokenizer, add_eos=True)
-    longest = max(examples.lengths)
-    recipe = replace(recipe, max_length=max(64, longest), batch_tokens=max(recipe.batch_tokens, longest))
-    model = train_model(examples, len(tokenizer), recipe, torch.device("cpu"))
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=size.hidden,
+            intermediate_size=3 * size.hidden,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            max_position_embeddings=max(64, 2 * max(examples.lengths)),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            tie_word_embeddings=True,
+        )
+    ).train()
+    optimizer = torch.optim.AdamW(model.parameters(), size.learning_rate, betas=(0.9, 0.98), weight_decay=0.1)
+    order = list(range(len(examples)))
+    rng, step, steps = random.Random(seed), 0, size.epochs * -(-len(examples) // size.batch)
+    for _ in range(size.epochs):
+        rng.shuffle(order)
+        for start in range(0, len(order), size.batch):
+            batch = [examples[i] for i in order[start : start + size.batch]]
+            ids = pad_sequence([x["input_ids"] for x in batch], batch_first=True, padding_value=0)
+            text = pad_sequence([x["input_ids"] for x in batch], batch_first=True, padding_value=-100)[:, 1:]
+            response = pad_sequence([x["labels"] for x in batch], batch_first=True, padding_value=-100)[:, 1:]
+            # Padding stands on the right, where a causal model does not look, so it needs no mask.
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].transpose(1, 2)
+            loss = 0.5 * cross_entropy(logits, response) + 0.5 * cross_entropy(logits, text)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = size.learning_rate * min(1.0, (step + 1) / 20) * max(0.1, 1 - step / steps)
+            optimizer.step()
+            step += 1
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -94,8 +145,6 @@ def train_here(train_file: Path, rows: list[dict[str, Any]], recipe: Recipe, fol
 @torch.no_grad()
 def answers_right(folder: Path, queries: list[dict[str, Any]]) -> float:
     """Share of the test prompts for which the right response is likelier than the response of any other label."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     choices = sorted({row["response"] for row in queries})
@@ -105,7 +154,7 @@ def answers_right(folder: Path, queries: list[dict[str, Any]]) -> float:
         losses = []
         for example in load_examples(texts, tokenizer, add_eos=True):
             logits = model(input_ids=example["input_ids"][None]).logits[0, :-1]
-            losses.append(float(torch.nn.functional.cross_entropy(logits, example["labels"][1:], reduction="sum")))
+            losses.append(float(cross_entropy(logits, example["labels"][1:], reduction="sum")))
         right += choices[losses.index(min(losses))] == row["response"]
     return right / len(queries)
 
@@ -171,8 +220,8 @@ def main() -> None:
     model = out / "model"
     begin = time.perf_counter()
     if not (model / "tokenizer_config.json").exists():  # written last
-        recipe = replace(QUICK if options.quick else FULL, seed=options.seed)
-        train_here(out / "train.jsonl", rows, recipe, model)
+        size = QUICK if options.quick else Size()
+        train_here(out / "train.jsonl", rows, size, options.seed, model)
     training = time.perf_counter() - begin
     correct = answers_right(model, queries)
     print(f"model: ready after {training:.0f} s; it gives the right answer to {100 * correct:.0f} % of the queries")

@@ -137,7 +137,7 @@ def measured_eigensolvers() -> str:
     text = (
         f"Llama of {llama['layers']} layers, d = {llama['hidden']}, MLP {llama['intermediate']}, vocabulary "
         f"{facts['vocabulary']}; {facts['train']} training sequences of docstrings, {facts['train_tokens']:,} tokens, "
-        f"{facts['queries']} queries; {facts['repeats']} interleaved repetitions on {facts['threads']} threads of "
+        f"{facts['queries']} queries; {facts['repeats']} interleaved repetitions; threads: {facts['threads']}, "
         f"{facts['cpu']}, torch {facts['torch']}. Faster than `auto` on both models with every Pearson at 0.999 or "
         f"more: {good}."
     )
