@@ -142,8 +142,7 @@ def prepare(
 
     Args:
         examples: sized, indexable collection of mappings with ``input_ids``, optional ``labels`` (−100 = ignored; a
-            scalar
-            for classification) and ``attention_mask``.
+            scalar for classification) and ``attention_mask``.
         name: how errors call it.
         model: for its vocabulary and number of positions.
         fields: further integer fields to pass on, each with the value that pads it.
