@@ -6,7 +6,17 @@ Every function is also registered as ``torch.ops.pyinf.<name>`` in the packed la
 
 from __future__ import annotations
 
-from pyinf.ops import costs, cpu_backend, cuda_backend, philox, reference, schemas, torch_backend, verified
+from pyinf.ops import (
+    costs,
+    cpu_backend,
+    cuda_backend,
+    philox,
+    reference,
+    schemas,
+    torch_backend,
+    triton_backend,
+    verified,
+)
 from pyinf.ops.api import (
     accumulate_covariance,
     accumulate_squared_gradients,
@@ -27,6 +37,7 @@ from pyinf.ops.api_projection import (
     sparse_projection,
 )
 from pyinf.ops.packing import Packed, pack
+from pyinf.ops.precision import float32_precision, set_float32_precision
 from pyinf.ops.quantise import pack_signs, quantise_int8, unpack_signs
 from pyinf.ops.registry import BACKENDS, current_backend, describe, set_backend, use_backend
 
@@ -41,6 +52,7 @@ __all__ = [
     "current_backend",
     "dense_scores",
     "describe",
+    "float32_precision",
     "gradient_dot",
     "gradient_norm",
     "low_rank_scores",
@@ -58,9 +70,11 @@ __all__ = [
     "select_coordinates",
     "select_gradient_coordinates",
     "set_backend",
+    "set_float32_precision",
     "sparse_projection",
     "symmetrize_",
     "torch_backend",
+    "triton_backend",
     "unpack_signs",
     "use_backend",
     "verified",

@@ -1,6 +1,7 @@
 """Which GPU kernels were checked on real hardware: "auto" takes no other.
 
-A record is ``{op: {"<card> | <pyinf version>": {...}}}``. Two files are read: ``benchmarks/results/verified.json`` of
+A record is ``{op: {"<card> | <pyinf version>": {...}}}`` for a CUDA kernel, with `` | triton`` after the version for a
+Triton kernel: each backend is verified on its own. Two files are read: ``benchmarks/results/verified.json`` of
 a source tree, and the user's own, ``$PYINF_CACHE/verified.json`` (default ``~/.cache/pyinf``), which :func:`record`
 writes.
 """
@@ -40,17 +41,21 @@ def _records() -> tuple[dict[str, Any], ...]:
     return _read(_REPOSITORY_FILE), _read(user_file())
 
 
-def is_verified(op: str, card: str) -> bool:
-    """Whether this version's GPU kernel of ``op`` was verified on a card of this name."""
-    key = f"{card} | {__version__}"
+def _key(card: str, backend: str) -> str:
+    return f"{card} | {__version__}" + ("" if backend == "cuda" else f" | {backend}")
+
+
+def is_verified(op: str, card: str, backend: str = "cuda") -> bool:
+    """Whether this version's "cuda" or "triton" kernel of ``op`` was verified on a card of this name."""
+    key = _key(card, backend)
     return any(isinstance(r.get(op), dict) and key in r[op] for r in _records())
 
 
-def record(op: str, card: str, details: dict[str, Any]) -> Path:
-    """Remember in the user's file that ``op`` was verified on ``card``; returns the file."""
+def record(op: str, card: str, details: dict[str, Any], backend: str = "cuda") -> Path:
+    """Remember in the user's file that ``backend``'s kernel of ``op`` was verified on ``card``; returns the file."""
     path = user_file()
     found = _read(path)
-    found.setdefault(op, {})[f"{card} | {__version__}"] = details
+    found.setdefault(op, {})[_key(card, backend)] = details
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_json(path, found)
     _records.cache_clear()
