@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 from pyinf import progress
+from pyinf.data.library_text import END, train_tokenizer
 
 __all__ = ["END", "Recipe", "answer_probability", "greedy_answer", "train_model", "train_tokenizer"]
-
-END = "<|end|>"
 
 
 @dataclass(frozen=True)
@@ -41,30 +40,6 @@ class Recipe:
         """Seconds instead of minutes."""
         sizes = {"hidden": 32, "intermediate": 64, "layers": 2, "heads": 2, "vocabulary": 512, "max_length": 48}
         return cls(examples=96, tokenizer_characters=60_000, epochs=2, **sizes)
-
-
-def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Any:
-    """A byte-level byte-pair tokenizer (``transformers.PreTrainedTokenizerFast``) of at most ``vocabulary`` tokens.
-
-    Every text starts with ``END``, so that the model always begins from the same token.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{END} $A", special_tokens=[(END, tokenizer.token_to_id(END))]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END, bos_token=END)
 
 
 def _batches(lengths: Sequence[int], budget: int, rng: random.Random) -> Iterator[list[int]]:
