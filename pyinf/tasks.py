@@ -155,6 +155,14 @@ class Task:
         """Summed training loss. With ``sample`` the labels are drawn from the model's own predictions (true Fisher)."""
         raise ConfigError(f"{type(self).__name__} defines no train_loss; override train_loss(model, batch, sample)")
 
+    def predictions(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits ``[..., V]`` and targets ``[...]`` (−100: not counted) whose summed cross-entropy is the training loss.
+
+        Only where the loss is that: from it the exact curvature is known. Define it in the class that defines
+        ``train_loss``.
+        """
+        raise ConfigError(f"{type(self).__name__} defines no predictions; override predictions(model, batch)")
+
     def measurement(self, model: nn.Module, batch: Batch) -> Tensor:
         """What is attributed on a query; the training loss unless overridden (positive scores lower it)."""
         return self.train_loss(model, batch)
@@ -195,8 +203,8 @@ class CausalLM(Task):
     name = "causal-lm"
     shifted = True
 
-    def train_loss(self, model: nn.Module, batch: Batch, sample: bool = False) -> Tensor:
-        """Summed training loss; see :meth:`Task.train_loss`."""
+    def predictions(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits and next-token targets; see :meth:`Task.predictions`."""
         labels = batch["labels"]
         if labels.dim() != 2:
             raise DataError(
@@ -214,8 +222,13 @@ class CausalLM(Task):
         targets[:, :-1] = labels[:, 1:]
         if batch.get("attention_mask") is not None:  # what a masked position predicts does not count
             targets.masked_fill_(batch["attention_mask"] == 0, IGNORE)
+        return logits, targets
+
+    def train_loss(self, model: nn.Module, batch: Batch, sample: bool = False) -> Tensor:
+        """Summed training loss; see :meth:`Task.train_loss`."""
+        logits, targets = self.predictions(model, batch)
         if sample:
-            draw = _draw(logits, _uniforms(batch["draw"].tolist(), labels.shape[1], self.seed, logits.device))
+            draw = _draw(logits, _uniforms(batch["draw"].tolist(), targets.shape[1], self.seed, logits.device))
             targets = torch.where(targets != IGNORE, draw, targets)
         return summed_cross_entropy(logits, targets, overwrite=True)
 
@@ -250,8 +263,8 @@ class SequenceClassification(Task):
 
     name = "sequence-classification"
 
-    def train_loss(self, model: nn.Module, batch: Batch, sample: bool = False) -> Tensor:
-        """Summed training loss; see :meth:`Task.train_loss`."""
+    def predictions(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits and class labels; see :meth:`Task.predictions`."""
         if batch["labels"].dim() != 1:
             raise DataError(
                 "sequence classification needs one integer label an example; give every example a 'labels' field"
@@ -270,6 +283,11 @@ class SequenceClassification(Task):
                 f"example {int(batch['index'][row])} has label {int(labels[row])}, the model has "
                 f"{logits.shape[1]} classes"
             )
+        return logits, labels
+
+    def train_loss(self, model: nn.Module, batch: Batch, sample: bool = False) -> Tensor:
+        """Summed training loss; see :meth:`Task.train_loss`."""
+        logits, labels = self.predictions(model, batch)
         if sample:
             draw = _draw(logits, _uniforms(batch["draw"].tolist(), 1, self.seed, logits.device).squeeze(1))
             labels = torch.where(labels != IGNORE, draw, labels)
