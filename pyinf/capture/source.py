@@ -52,7 +52,13 @@ class CaptureCache:
             flat = {f"a:{k}": v.contiguous() for k, v in captured.inputs.items()}
             flat |= {f"g:{k}": v.contiguous() for k, v in captured.grads.items()}
             flat |= {f"o:{k}": v for k, v in captured.offsets.items()}
-            save_file({k: v.clone() if k.startswith("o:") else v for k, v in flat.items()}, str(path))
+            # A safetensors file wants every tensor to own its memory; inputs that several layers read are one tensor.
+            held: set[int] = set()
+            for name, value in flat.items():
+                if name.startswith("o:") or value.data_ptr() in held:
+                    flat[name] = value.clone()
+                held.add(value.data_ptr())
+            save_file(flat, str(path))
             self._disk[key] = path
             self.disk_bytes += size
             return True
