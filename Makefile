@@ -27,6 +27,7 @@ demo: build
 
 test: build browser
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests --ignore=tests/packaging
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/triton
 	$(BIN)/python -m pytest tests/packaging
 
 # What `make test` does last, on its own.

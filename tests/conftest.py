@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,27 @@ def _gpu() -> bool:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("skip_budget", "the most tests that may skip themselves in one run", default="0")
+
+
+TRITON = Path(__file__).resolve().parent / "triton"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Triton decides when a kernel is decorated, so a process is for its interpreter or it is not: it is when nothing
+    # but tests/triton was asked for. Workers of pytest-xdist inherit the variable.
+    asked = [Path(argument.split("::")[0]).resolve() for argument in config.args]
+    if asked and all(path == TRITON or TRITON in path.parents for path in asked):
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if collection_path == TRITON and os.environ.get("TRITON_INTERPRET") != "1" else None
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "triton: kernels run in its interpreter"
+    return "triton: kernels are compiled, not run; run tests/triton by itself for the interpreter"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

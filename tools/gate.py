@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import importlib.util
+import inspect as inspect_module
 import os
 import re
 import shutil
@@ -28,7 +29,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from build_extension import ROOT, find_nvcc
 
-__all__ = ["ARCHS", "Kernel", "check", "compile_cuda", "compile_triton", "find_cuobjdump", "inspect", "read_claims"]
+__all__ = [
+    "ARCHS",
+    "Kernel",
+    "check",
+    "check_launch",
+    "compile_cuda",
+    "compile_launch",
+    "compile_triton",
+    "find_cuobjdump",
+    "inspect",
+    "read_claims",
+]
 
 ARCHS = ("80", "86", "89", "90a")
 SHARED_LIMIT = {"80": 163 * 1024, "86": 99 * 1024, "89": 99 * 1024, "90": 227 * 1024, "90a": 227 * 1024}
@@ -176,19 +188,61 @@ def compile_triton(
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     names = kernel.arg_names
     unknown = {*signature, *constants, *divisible_by_16} - set(names)
     if unknown or set(signature) | set(constants) != set(names):
         raise ValueError(f"{kernel.__name__} takes {names}; not its arguments, or left out: {sorted(unknown)}")
-    full = {name: "constexpr" if name in constants else signature[name] for name in names}
-    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible_by_16}
-    source = ASTSource(fn=kernel, signature=full, constexprs=dict(constants), attrs=attrs)
+    source = _triton_source(kernel, signature, constants, [names.index(name) for name in divisible_by_16])
     target = GPUTarget("cuda", int(arch.rstrip("a")), 32)
     compiled = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
     output.write_bytes(compiled.asm["cubin"])
     return {"dynamic_shared": str(compiled.metadata.shared)}
+
+
+def _triton_source(
+    kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any], divisible: Sequence[int]
+) -> Any:
+    """What ``triton.compile`` takes in this release: 3.2 has other names, and a class for the attributes."""
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    if "constexprs" in inspect_module.signature(ASTSource).parameters:
+        full = {name: "constexpr" if name in constants else signature[name] for name in names}
+        attrs = {(index,): [["tt.divisibility", 16]] for index in divisible}
+        return ASTSource(fn=kernel, signature=full, constexprs=dict(constants), attrs=attrs)
+    from triton.backends.compiler import AttrsDescriptor
+
+    run_time = {name: signature[name] for name in names if name not in constants}
+    descriptor = AttrsDescriptor.from_hints({index: 16 for index in divisible})
+    return ASTSource(fn=kernel, signature=run_time, constants=dict(constants), attrs=descriptor)
+
+
+def compile_launch(launch: Any, arch: str, output: Path) -> dict[str, str]:
+    """``compile_triton`` for a ``Launch`` of pyinf.triton_kernels, with the attributes that the launcher will pass."""
+    special = launch.specialisation()
+    return compile_triton(
+        launch.kernel,
+        special.signature,
+        special.constants,
+        arch,
+        output,
+        divisible_by_16=special.divisible_by_16,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+
+
+def check_launch(launch: Any, arch: str, output: Path, claims: Mapping[str, str]) -> tuple[Kernel, list[str]]:
+    """Compiles a ``Launch`` ahead of time and checks its machine code: the kernel, and what is wrong with it.
+
+    The kernel's ``shared`` is then all of its shared memory, also what the launcher asks for.
+    """
+    dynamic = compile_launch(launch, arch, output)
+    [kernel] = inspect(output)
+    wrong = check(kernel, arch, {**claims, **dynamic})
+    kernel.shared += int(dynamic["dynamic_shared"])
+    return kernel, wrong
 
 
 def main(arguments: Sequence[str]) -> int:
