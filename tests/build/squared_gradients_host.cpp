@@ -3,7 +3,6 @@
 #include <cstdio>
 #include <limits>
 #include <random>
-#include <thread>
 
 #include "pyinf/accumulate_squared_gradients.cuh"
 
@@ -17,20 +16,8 @@ using namespace pyinf::squared_gradients;
 template <typename T, bool kVectorised>
 void run(const Problem& p) {
   const std::int64_t blocks = ceil_div(p.d_out, kTile) * ceil_div(p.d_in, kTile);
-  for (std::int64_t block = 0; block < blocks; ++block) {
-    std::memset(shared, 0xff, sizeof(shared));  // NaN in every type
-    pthread_barrier_init(&block_barrier, nullptr, kThreads);
-    for (auto& barrier : warp_barriers) pthread_barrier_init(&barrier, nullptr, 32);
-    std::vector<std::thread> threads;
-    for (int t = 0; t < kThreads; ++t)
-      threads.emplace_back([&, t] {
-        threadIdx.x = static_cast<unsigned>(t);
-        blockIdx.x = static_cast<unsigned>(block);
-        accumulate_squared_gradients_kernel<T, kVectorised>(p);
-      });
-    for (auto& thread : threads) thread.join();
-    pthread_barrier_destroy(&block_barrier);
-  }
+  emulator::launch({static_cast<unsigned>(blocks), 1, 1}, kThreads, shared, sizeof(shared),
+                   [&] { accumulate_squared_gradients_kernel<T, kVectorised>(p); });
 }
 
 template <typename T, bool kVectorised>
