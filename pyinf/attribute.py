@@ -24,7 +24,9 @@ from pyinf.curvature import EIGENSOLVERS, Factors, check_damping
 from pyinf.data.batching import PreparedExamples, make_batches, prepare
 from pyinf.errors import ArtifactError, ConfigError, ModelError
 from pyinf.methods.bm25 import bm25_scores
-from pyinf.methods.gradient import GradientRun, ScoreRequest, check_request
+from pyinf.methods.gradient import ScoreRequest, check_request
+from pyinf.methods.options import settle
+from pyinf.methods.solved import SolvedRun
 from pyinf.plan import Plan, default_token_budget, make_plan, parse_bytes
 from pyinf.score import Scores, parse_rank
 from pyinf.tasks import CausalLM, Task
@@ -71,7 +73,7 @@ class Attributor:
         run_dir: keep unfinished and finished work there; the same call again goes on where it stopped.
         **method_options: ``query_rank`` (None: dense; a rank; a captured energy such as 0.99), ``eigensolver``,
             ``memory_budget`` (bytes or "2GiB"), ``cache`` (auto, memory, disk, none), ``token_budget``,
-            ``checkpoint_seconds``.
+            ``checkpoint_seconds``; and the method's own, ``pyinf.methods.get(name).options``.
 
     Raises:
         ConfigError: unknown method or option, or damping ≤ 0.
@@ -102,10 +104,7 @@ class Attributor:
             raise ConfigError(
                 f"unknown fisher '{fisher}'; use 'sampled' (true Fisher) or 'empirical' (the data's labels)"
             )
-        unknown = sorted(set(method_options) - set(_OPTIONS))
-        if unknown:
-            raise ConfigError(f"unknown option '{unknown[0]}' for method '{method}'; available: {', '.join(_OPTIONS)}")
-        self.options = {**_OPTIONS, **method_options}
+        self.options = settle(method, self.method.options, _OPTIONS, method_options)
         if self.options["eigensolver"] not in EIGENSOLVERS:
             raise ConfigError(
                 f"unknown eigensolver '{self.options['eigensolver']}'; choose one of {', '.join(EIGENSOLVERS)}"
@@ -137,9 +136,10 @@ class Attributor:
             with self._placed():
                 pass  # an impossible device is an error now
             self.selection = select_layers(model, modules)
-            self._run = GradientRun(
-                model, self.selection, self.task, self.method, fisher, self.options["eigensolver"], seed
-            )
+            self._run = SolvedRun(
+                model, self.selection, self.task, self.method, fisher, self.options["eigensolver"], seed,
+                options=self.options,
+            )  # fmt: skip
 
     # -- plan ----------------------------------------------------------------------------------------------------------
 
@@ -195,6 +195,8 @@ class Attributor:
             disk_free=artifacts.free_disk(self.run_dir or Path.cwd()),
             to_disk=self.run_dir is not None,
         )
+        if self.method.solver is not None:
+            plan.score_rotated = False  # what the solver returns is in the layers' own coordinates
         self._plan = plan
         return plan
 

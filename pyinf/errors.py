@@ -12,6 +12,7 @@ __all__ = [
     "NonFiniteError",
     "PyinfError",
     "ResourceError",
+    "SolverError",
 ]
 
 
@@ -65,3 +66,9 @@ class BackendUnavailableError(PyinfError, RuntimeError):
     """A backend was forced that cannot serve the call; the message carries its reason."""
 
     exit_code = 8
+
+
+class SolverError(PyinfError, ArithmeticError):
+    """An iterative solver diverged, or met an operator that is not positive definite; says what to change."""
+
+    exit_code = 9

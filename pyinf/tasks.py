@@ -156,7 +156,7 @@ class Task:
         raise ConfigError(f"{type(self).__name__} defines no train_loss; override train_loss(model, batch, sample)")
 
     def predictions(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits ``[..., V]`` and targets ``[...]`` (−100: not counted) whose summed cross-entropy is the training loss.
+        """Logits ``[..., V]`` and targets ``[...]`` (−100: not counted) with the training loss for cross-entropy.
 
         Only where the loss is that: from it the exact curvature is known. Define it in the class that defines
         ``train_loss``.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import sys
 import types
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from pyinf.errors import ConfigError
+from pyinf.methods.options import Option, choice, count, flag, number
 
 __all__ = ["METHODS", "Method", "get"]
 
@@ -17,7 +19,9 @@ class Method:
     """What a method is and needs.
 
     ``factors`` names the curvature it fits (None: none), ``normalise`` divides by both gradient norms, ``kind`` says
-    whether it works on gradients or on the tokens themselves.
+    whether it works on gradients or on the tokens themselves. ``solver`` is a key of
+    ``pyinf.methods.solved.SOLVERS``: what turns query gradients into preconditioned ones (None: the factors' own
+    inverse). ``options`` are the method's own, beside those that every method takes.
     """
 
     name: str
@@ -27,9 +31,25 @@ class Method:
     factors: str | None = None
     normalise: bool = False
     kind: str = "gradient"
+    solver: str | None = None
+    options: Mapping[str, Option] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.summary} ({self.source}); needs {self.needs}"
+
+
+_TOL = Option(1e-2, "a query is solved once its relative residual and its error bound are at most this", number(0, 1))
+_FIT_BATCHES = Option(
+    None, "batches of training data that make the curvature, drawn with the seed; None: all of them", count(none=True)
+)
+_CURVATURE = Option(
+    "ggn", "ggn: the exact Gauss-Newton matrix; fisher: gradients of the fit's labels", choice("ggn", "fisher")
+)
+_SYSTEM = {"tol": _TOL, "fit_batches": _FIT_BATCHES, "curvature": _CURVATURE}
+
+
+def _most(default: int) -> Option:
+    return Option(default, "iterations, at most", count())
 
 
 METHODS: dict[str, Method] = {
@@ -68,6 +88,32 @@ METHODS: dict[str, Method] = {
             "Barshan et al. 2020, arXiv 2003.11630",
             "one pass to score",
             normalise=True,
+        ),
+        Method(
+            "ekfac_cg",
+            "EK-FAC refined by block conjugate gradients on the exact Gauss-Newton matrix, to a tolerance",
+            "Grosse et al. 2023, arXiv 2308.03296; O'Leary 1980",
+            "two passes to fit, one to score, and curvature products until tol holds",
+            factors="ekfac",
+            solver="cg",
+            options={
+                **_SYSTEM,
+                "max_iterations": _most(200),
+                "block": Option(True, "queries search one shared Krylov space", flag),
+            },
+        ),
+        Method(
+            "cg",
+            "conjugate gradients on the exact Gauss-Newton matrix, without a preconditioner",
+            "Martens 2010 (Hessian-free optimization)",
+            "one pass to fit the damping, one to score, and curvature products until tol holds",
+            factors="diagonal",
+            solver="cg",
+            options={
+                **_SYSTEM,
+                "max_iterations": _most(1000),
+                "block": Option(False, "queries search one shared Krylov space", flag),
+            },
         ),
         Method(
             "bm25",

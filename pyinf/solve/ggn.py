@@ -224,8 +224,8 @@ def check_ggn(model: nn.Module, task: Task) -> None:
     owner = next((c for c in type(task).__mro__ if "train_loss" in vars(c)), Task)
     if "predictions" not in vars(owner):
         raise ConfigError(
-            f"the loss of {type(task).__name__} is not known to be a cross-entropy of logits, so its Gauss–Newton matrix is "
-            "unknown; define predictions(model, batch) beside train_loss, or use curvature='fisher'"
+            f"the loss of {type(task).__name__} is not known to be a cross-entropy of logits, so its Gauss–Newton "
+            "matrix is unknown; define predictions(model, batch) beside train_loss, or use curvature='fisher'"
         )
     dtype = next(model.parameters()).dtype
     if dtype not in (torch.float32, torch.float64):
