@@ -44,7 +44,7 @@ __all__ = [
 
 ARCHS = ("80", "86", "89", "90a")
 SHARED_LIMIT = {"80": 163 * 1024, "86": 99 * 1024, "89": 99 * 1024, "90": 227 * 1024, "90a": 227 * 1024}
-TENSOR_CORE = ("HMMA", "HGMMA", "IMMA", "IGMMA", "DMMA", "QGMMA")
+TENSOR_CORE = ("HMMA", "HGMMA", "IMMA", "IGMMA", "DMMA", "QGMMA", "BMMA")
 
 
 @dataclasses.dataclass
