@@ -1,14 +1,15 @@
-"""Methods that solve ``(C + λ)x = v``: from raw query gradients to preconditioned ones, through one table of solvers.
+"""Methods that solve ``(C + λ)x = v``: from raw query gradients to preconditioned ones, through one table of solvers;
+and the certificate of every gradient method.
 
-To add a solver: write it in ``pyinf/solve`` against :class:`Problem`'s operators, enter it in :data:`SOLVERS`, and name
-it in a ``Method(solver=…, options=…)``.
+To add a solver: write it in ``pyinf/solve`` on abstract operators, enter it in :data:`pyinf.methods.solvers.SOLVERS`,
+and name it in a ``Method(solver=…, options=…)``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,61 +18,78 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyinf import progress
+from pyinf import artifacts, progress
+from pyinf.capture import PassSource, TracingSession
 from pyinf.curvature import Factors
-from pyinf.data.batching import PreparedExamples
-from pyinf.errors import SolverError
+from pyinf.data.batching import PreparedExamples, make_batches
+from pyinf.errors import ConfigError, ModelError, SolverError
 from pyinf.methods.gradient import GradientRun, ScoreRequest
+from pyinf.methods.options import number
+from pyinf.methods.solvers import SOLVERS, Problem
 from pyinf.plan import Plan
 from pyinf.score import QueryBlock
-from pyinf.solve import Damped, GGNOperator, Layout, Operator, Solution, block_cg, cg
+from pyinf.solve import (
+    Convergence,
+    FisherOperator,
+    GGNOperator,
+    GradientRows,
+    HeldBatch,
+    Layout,
+    Operator,
+    Solution,
+    entries,
+    hold,
+    measure,
+)
+from pyinf.solve.ggn import check_ggn
 
 __all__ = ["SOLVERS", "Problem", "SolvedRun"]
 
-
-@dataclass
-class Problem:
-    """``(C + λ)x = v`` for a block of queries.
-
-    ``V`` is ``[Q, D]`` in the order of ``layout``, ``curvature`` the operator C of the system, ``damping`` λ ``[D]``,
-    ``precondition`` the factors' own inverse ``[q, D] → [q, D]`` at the same damping.
-    """
-
-    V: Tensor
-    layout: Layout
-    curvature: Operator
-    damping: Tensor
-    precondition: Callable[[Tensor], Tensor]
-    options: dict[str, Any]
-    run: SolvedRun
-    train: PreparedExamples
-    plan: Plan
-    seed: int = 0
-
-
-def _cg(problem: Problem) -> Solution:
-    options, A = problem.options, Damped(problem.curvature, problem.damping)
-    preconditioned = problem.run.method.factors != "diagonal"
-    solve = block_cg if options["block"] else cg
-    return solve(
-        A,
-        problem.V,
-        problem.precondition if preconditioned else None,
-        problem.precondition(problem.V) if preconditioned else None,
-        options["tol"],
-        options["max_iterations"],
-    )
-
-
-SOLVERS: dict[str, Callable[[Problem], Solution]] = {"cg": _cg}
+_SHARE = 0.1
+_HELD_SEQUENCES, _HELD_TOKENS = 32, 2048
+_KEEP_ROWS = 1 << 28
 
 
 @dataclass
 class SolvedRun(GradientRun):
-    """A :class:`GradientRun` whose query gradients go through the method's solver."""
+    """A :class:`GradientRun` whose query gradients may go through a solver, and whose scores carry certificates.
+
+    ``refine`` names a solver that takes the place of the method's own for one call (``score(…, tol=…)``).
+    """
 
     options: dict[str, Any] = field(default_factory=dict)
+    refine: str | None = None
+    damping: tuple[float, str] = (0.1, "relative")
+    certifies = True  # class attribute: whether one system (C + λ)x = v stands behind the scores
     _train: PreparedExamples | None = None
+    _state: Path | None = None
+    _certificates: dict[int, list[list[dict[str, Any]]]] = field(default_factory=dict)
+    _held: tuple[Any, HeldBatch, Convergence] | None = None
+
+    @property
+    def solver(self) -> str | None:
+        """The solver in force."""
+        return self.refine or self.method.solver
+
+    @contextmanager
+    def refined(self, tol: float) -> Iterator[None]:
+        """Solve to ``tol`` inside: by the method's own solver where it takes a tolerance, else by block conjugate
+        gradients preconditioned by the method's factors.
+
+        Raises:
+            ConfigError: tol is not between 0 and 1, or the method has neither.
+        """
+        tol = number(0, 1)("tol", tol)
+        own = self.method.solver is not None
+        if (own and "tol" not in self.options) or (not own and self.method.factors is None):
+            raise ConfigError(f"method '{self.method.name}' solves no system to a tolerance; use ekfac_cg, or no tol=")
+        kept = self.options, self.refine
+        extra = {} if own else {"max_iterations": 200, "block": True, "fit_batches": None, "curvature": "ggn"}
+        self.options, self.refine = {**extra, **self.options, "tol": tol}, None if own else "cg"
+        try:
+            yield
+        finally:
+            self.options, self.refine = kept
 
     def score(
         self,
@@ -83,39 +101,65 @@ class SolvedRun(GradientRun):
         state: Path | None,
         interval: float = 60.0,
     ) -> tuple[Any, dict[str, Any]]:
-        """As :meth:`GradientRun.score`."""
-        self._train = train
+        """As :meth:`GradientRun.score`; ``facts["certificate"]`` has one entry a damping and query, or is None."""
+        self._train, self._state, self._certificates, self._held = train, state, {}, None
         try:
-            return super().score(queries, train, factors, request, plan, state, interval)
+            result, facts = super().score(queries, train, factors, request, plan, state, interval)
+            facts["certificate"] = self._collected(len(queries), len(request.dampings))
+            return result, facts
         finally:
-            self._train = None
+            self._train = self._state = self._held = None
+            self._certificates = {}
+
+    # -- query blocks --------------------------------------------------------------------------------------------------
 
     def _query_block(
         self, queries: PreparedExamples, indices: list[int], factors: Factors | None, request: ScoreRequest, plan: Plan
     ) -> QueryBlock:
-        if self.method.solver is None:
-            return super()._query_block(queries, indices, factors, request, plan)
+        if self.solver is None:
+            block = super()._query_block(queries, indices, factors, request, plan)
+            return self.certified(block, queries, indices, factors, request, plan)
         assert factors is not None and self._train is not None
         V, layout = self.raw_gradients(queries, indices, plan), Layout.of(self.selection.layers)
         started = time.perf_counter()
-        parts = []
-        with self.system(self._train, plan) as curvature:
-            for damping in request.dampings:
-                solution = self.solve(V, factors, curvature, damping, request.damping_mode, plan)
-                parts.append(solution.X)
+        solutions = self.solutions(V, factors, request.dampings, request.damping_mode, plan)
         self._add_time("solve", started)
-        return _block(torch.cat(parts), layout, self.selection.layers, request.query_rank)
+        block = query_block(torch.cat([s.X for s in solutions]), layout, self.selection.layers, request.query_rank)
+        found = [
+            self._certify_solution(solution, V, factors, damping, request, plan, block, number)
+            for number, (solution, damping) in enumerate(zip(solutions, request.dampings, strict=True))
+        ]
+        self._keep(indices, found)
+        return block
+
+    def certified(
+        self,
+        block: QueryBlock,
+        queries: PreparedExamples,
+        indices: list[int],
+        factors: Factors | None,
+        request: ScoreRequest,
+        plan: Plan,
+    ) -> QueryBlock:
+        """The block, after its certificates were measured (where they are wanted) and remembered."""
+        if self._train is not None:
+            self._keep(indices, self._certify_direct(block, queries, indices, factors, request, plan))
+        return block
 
     def raw_gradients(self, data: PreparedExamples, indices: list[int], plan: Plan) -> Tensor:
         """``[Q, D]``: the measurement's gradient of some examples; zero rows for those that measure nothing."""
         plain = dataclasses.replace(plan, score_rotated=False)
         block = super()._query_block(data, indices, None, ScoreRequest(), plain)
+        return self._flat(block, len(indices))
+
+    def _flat(self, block: QueryBlock, count: int) -> Tensor:
+        """``[count, D]`` from a block in the layers' own coordinates."""
         dtype, device = self._score_dtype(), next(self.model.parameters()).device
         vectors = {}
         for layer in self.selection.layers:
             dense = block.dense.get(layer.name)
             if dense is None:
-                dense = torch.zeros(len(indices), layer.d_out, layer.d_in, dtype=dtype, device=device)
+                dense = torch.zeros(count, layer.d_out, layer.d_in, dtype=dtype, device=device)
             if layer.bias:
                 column = block.bias.get(layer.name)
                 column = dense.new_zeros(*dense.shape[:2]) if column is None else column
@@ -123,45 +167,330 @@ class SolvedRun(GradientRun):
             vectors[layer.name] = dense
         return Layout.of(self.selection.layers).pack(vectors)
 
-    @contextmanager
-    def system(self, train: PreparedExamples, plan: Plan) -> Iterator[Operator]:
-        """The curvature operator of the method: all training data, or ``fit_batches`` of it."""
-        batches = self.batches(train, plan, scored_only=False)
-        wanted, sequences = self.options.get("fit_batches"), len(train)
-        if wanted is not None and wanted < len(batches):
-            order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(self.seed)).tolist()
-            batches = [batches[i] for i in sorted(order[:wanted])]
-            sequences = sum(len(b) for b in batches)
-        with GGNOperator(self.model, self.selection, self.task, train, batches, sequences) as curvature:
-            yield curvature
+    # -- systems -------------------------------------------------------------------------------------------------------
 
-    def solve(
-        self, V: Tensor, factors: Factors, curvature: Operator, damping: float, damping_mode: str, plan: Plan
-    ) -> Solution:
-        """Run the method's solver on some right-hand sides ``[Q, D]``.
+    def system_batches(self, train: PreparedExamples, plan: Plan) -> tuple[list[list[int]], int]:
+        """Batches of training data that make the curvature, and how many sequences its mean is over."""
+        batches = self.batches(train, plan, scored_only=False)
+        wanted = self.options.get("fit_batches")
+        if wanted is None or wanted >= len(batches):
+            return batches, len(train)
+        order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        chosen = [batches[i] for i in sorted(order[:wanted])]
+        return chosen, sum(len(b) for b in chosen)
+
+    def gradient_rows(
+        self, train: PreparedExamples, batches: list[list[int]], loss: str, keep: int = 0
+    ) -> GradientRows:
+        """Gradients of single training sequences."""
+
+        def source(some: Any) -> PassSource:
+            session = TracingSession(self.model, self.selection, self.task, self.groups)
+            return PassSource(session, train, [list(b) for b in some])
+
+        element = 8 if self._score_dtype() == torch.float64 else 4
+        return GradientRows(source, batches, Layout.of(self.selection.layers), loss, keep, element)
+
+    @contextmanager
+    def system(self, train: PreparedExamples, plan: Plan) -> Iterator[tuple[Operator, GradientRows, int]]:
+        """The method's curvature operator, the gradients behind it, and its number of sequences."""
+        batches, sequences = self.system_batches(train, plan)
+        rows = self.gradient_rows(train, batches, self.fit_loss, _KEEP_ROWS)
+        if self.options.get("curvature", "ggn") == "fisher" or self.solver in ("datainf", "hyperinf"):
+            yield FisherOperator(rows, sequences), rows, sequences
+            return
+        with GGNOperator(self.model, self.selection, self.task, train, batches, sequences) as curvature:
+            yield curvature, rows, sequences
+
+    def solutions(self, V: Tensor, factors: Factors, dampings: Any, damping_mode: str, plan: Plan) -> list[Solution]:
+        """Run the solver on right-hand sides ``[Q, D]``, once a damping.
 
         Raises:
             SolverError: a query has no usable solution; says why and what to change.
         """
-        assert self._train is not None and self.method.solver is not None
-        layout = Layout.of(self.selection.layers)
+        assert self._train is not None and self.solver is not None
+        layout, train, out = Layout.of(self.selection.layers), self._train, []
+        with self.system(train, plan) as (curvature, rows, sequences):
+            for damping in dampings:
 
-        def precondition(X: Tensor) -> Tensor:
-            return layout.pack(factors.ihvp(layout.unpack(X), damping, damping_mode))
+                def precondition(X: Tensor, damping: float = damping) -> Tensor:
+                    return layout.pack(factors.ihvp(layout.unpack(X), damping, damping_mode))
 
-        lam = layout.spread(factors.dampings(damping, damping_mode), V)
-        problem = Problem(V, layout, curvature, lam, precondition, self.options, self, self._train, plan, self.seed)
-        with progress.stage(f"solving ({self.method.name})", V.shape[0], "queries") as running:
-            solution = SOLVERS[self.method.solver](problem)
-            running.advance(V.shape[0])
-        for row, outcome in enumerate(solution.outcomes):
-            if outcome.failed:
-                raise SolverError(f"method '{self.method.name}' has no solution for query {row}: {outcome.reason}")
-        return solution
+                problem = Problem(
+                    V=V,
+                    layout=layout,
+                    curvature=curvature,
+                    damping=layout.spread(factors.dampings(damping, damping_mode), V),
+                    precondition=precondition,
+                    has_preconditioner=self.refine is not None or self.method.factors != "diagonal",
+                    options=self.options,
+                    train=train,
+                    batches=rows.batches,
+                    rows=rows,
+                    sequences=sequences,
+                    token_budget=plan.token_budget,
+                    seed=self.seed,
+                )
+                with progress.stage(f"solving ({self.solver})", V.shape[0], "queries") as running:
+                    solution = SOLVERS[self.solver](problem)
+                    running.advance(V.shape[0])
+                for row, outcome in enumerate(solution.outcomes):
+                    if outcome.failed:
+                        raise SolverError(f"method '{self.method.name}', query {row}: {outcome.reason}")
+                if not bool(torch.isfinite(solution.X).all()):
+                    raise SolverError(
+                        f"method '{self.method.name}' gave numbers that are not finite; raise the damping"
+                    )
+                out.append(solution)
+        return out
+
+    def self_score(
+        self, train: PreparedExamples, factors: Factors | None, dampings: dict[str, float], plan: Plan
+    ) -> Tensor:
+        """Self-influence ``⟨H⁻¹G_i, G_i⟩`` of every training example, ``[N]``; every example is solved for."""
+        if self.method.solver is None:
+            return super().self_score(train, factors, dampings, plan)
+        assert factors is not None and self.method.solver in SOLVERS
+        out = torch.zeros(len(train), dtype=self._score_dtype())
+        self._train = train
+        started = time.perf_counter()
+
+        def take(indices: list[int], G: Tensor) -> None:
+            step = max(1, plan.query_block or len(indices))
+            for first in range(0, len(indices), step):
+                V = G[first : first + step]
+                X = self.solutions(V, factors, [self.damping[0]], self.damping[1], plan)[0].X
+                out[indices[first : first + step]] = (X * V).sum(dim=1).cpu()
+
+        try:
+            self.gradient_rows(train, self.batches(train, plan, scored_only=True), "train").each(take)
+        finally:
+            self._train = None
+        self._add_time("self-influence", started)
+        return out
+
+    # -- certificates --------------------------------------------------------------------------------------------------
+
+    def _wants(self, plan: Plan, held: HeldBatch, queries: int) -> tuple[bool, str]:
+        """Whether a certificate of direct scores is measured, and why not."""
+        certify = self.options.get("certify", "auto")
+        if certify is True:
+            return True, ""
+        # Per query and token: a tangent forward and a backward through the traced weights; per token: two forwards.
+        cost = held.tokens * (8.0 * queries * plan.traced_parameters + 4.0 * plan.total_parameters)
+        share = cost / max(1.0, sum(plan.flops.values()))
+        if share <= _SHARE:
+            return True, ""
+        return False, (
+            f"measuring it would take {100 * share:.0f} % of the run's operations, more than {100 * _SHARE:.0f} %; "
+            "certify=True does it all the same"
+        )
+
+    def _hold(self, plan: Plan, queries: int) -> HeldBatch:
+        assert self._train is not None
+        tokens = _HELD_TOKENS
+        if self.options.get("certify", "auto") == "auto" and plan.flops:
+            affordable = _SHARE * sum(plan.flops.values()) / (8.0 * max(1, queries) * max(1, plan.traced_parameters))
+            tokens = max(1, min(tokens, int(affordable)))
+        return hold(self._train, _HELD_SEQUENCES, tokens, self.seed)
+
+    def _convergence(self, held: HeldBatch) -> Convergence:
+        """Gradient norms of the training loss on a held batch."""
+        assert self._train is not None
+        if self._held is not None and self._held[0] is self._train and self._held[1] == held:
+            return self._held[2]
+        consumer = Convergence()
+        consumer.sequences = held.total if held.whole else held.sequences
+        labelled = set(self._train.scored)
+        wanted = [i for group in held.groups for i in group if i in labelled]
+        if wanted:
+            with TracingSession(self.model, self.selection, self.task, self.groups) as session:
+                batches = make_batches(self._train.lengths, wanted, None, max(2048, max(self._train.lengths)))
+                PassSource(session, self._train, batches).run(lambda *_: consumer, "train", "gradient of the loss")
+        self._held = (self._train, held, consumer)
+        return consumer
+
+    def _certify_direct(
+        self,
+        block: QueryBlock,
+        queries: PreparedExamples,
+        indices: list[int],
+        factors: Factors | None,
+        request: ScoreRequest,
+        plan: Plan,
+    ) -> list[list[dict[str, Any]]] | None:
+        if self.options.get("certify", "auto") is False or not self.certifies:
+            return None
+        count = len(indices)
+        try:
+            check_ggn(self.model, self.task)
+            held = self._hold(plan, len(queries))
+            wanted, why = self._wants(plan, held, len(queries))
+            if not wanted:
+                return [_unmeasured(why, count) for _ in request.dampings]
+            started = time.perf_counter()
+            with progress.stage("certificate", count, "queries") as running:
+                found = self._measure_direct(block, queries, indices, factors, request, plan, held)
+                running.advance(count)
+            self._add_time("certificate", started)
+            return found
+        except (ConfigError, ModelError) as error:
+            if self.options.get("certify", "auto") is True:
+                raise
+            return [_unmeasured(str(error), count) for _ in request.dampings]
+
+    def _measure_direct(
+        self,
+        block: QueryBlock,
+        queries: PreparedExamples,
+        indices: list[int],
+        factors: Factors | None,
+        request: ScoreRequest,
+        plan: Plan,
+        held: HeldBatch,
+    ) -> list[list[dict[str, Any]]]:
+        assert self._train is not None
+        layout, count = Layout.of(self.selection.layers), len(indices)
+        convergence = self._convergence(held)
+        energy = block.captured_energy()
+        out: list[list[dict[str, Any]]] = [[] for _ in request.dampings]
+        # A few queries at a time: raw gradients, solutions and products are four full-size rows each.
+        step = max(1, min(count, (plan.query_block or count) // 4 or 1))
+        with GGNOperator(self.model, self.selection, self.task, self._train, held.groups) as C:
+            for first in range(0, count, step):
+                rows = range(first, min(first + step, count))
+                V = self._raw(queries, [indices[r] for r in rows], plan)
+                for number, damping in enumerate(request.dampings):
+                    if factors is not None:
+                        lam = factors.dampings(damping, request.damping_mode)
+                    else:
+                        shapes = dict(zip(layout.names, layout.shapes, strict=True))
+                        lam = convergence.dampings(damping, request.damping_mode, shapes)
+                        if not all(value > 0 for value in lam.values()):
+                            odd = next(name for name, value in lam.items() if not value > 0)
+                            raise ModelError(f"the gradients of layer '{odd}' vanish, so that its damping would be 0")
+                    spread = layout.spread(lam, V)
+                    at = [number * count + r for r in rows] if len(request.dampings) > 1 else list(rows)
+                    X = layout.pack(_dense_rows(block, at, self.selection.layers))
+                    facts = self._facts(damping, request, convergence, factors)
+                    part = entries(measure(C, held, X, V, spread), str(held), self._tol, facts, range(len(rows)))
+                    for place, entry in zip(at, part, strict=True):
+                        if energy is not None:
+                            entry["captured_energy"] = round(float(energy[place]), 6)
+                    out[number] += part
+        return out
+
+    def _raw(self, queries: PreparedExamples, indices: list[int], plan: Plan) -> Tensor:
+        with _silent_timings(self):
+            return self.raw_gradients(queries, indices, plan)
+
+    @property
+    def _tol(self) -> float:
+        return float(self.options.get("tol", 1e-2))
+
+    def _facts(
+        self, damping: float, request: ScoreRequest, convergence: Convergence | None, factors: Factors | None
+    ) -> dict[str, Any]:
+        facts: dict[str, Any] = {"damping": damping, "damping_mode": request.damping_mode}
+        if factors is None:
+            facts["note"] = "the method has no curvature: the residual is that of the plain gradient as a solution"
+        if convergence is not None:
+            facts["gradient_norm"] = float(f"{convergence.norm:.6g}")
+            facts["example_gradient_norm"] = float(f"{convergence.example_norm:.6g}")
+        return facts
+
+    def _certify_solution(
+        self,
+        solution: Solution,
+        V: Tensor,
+        factors: Factors,
+        damping: float,
+        request: ScoreRequest,
+        plan: Plan,
+        block: QueryBlock,
+        number: int,
+    ) -> list[dict[str, Any]] | None:
+        assert self._train is not None
+        certify = self.options.get("certify", "auto")
+        count, layout = V.shape[0], Layout.of(self.selection.layers)
+        held = hold(self._train, _HELD_SEQUENCES, _HELD_TOKENS, self.seed)
+        facts: dict[str, Any] = self._facts(
+            damping, request, None if certify is False else self._convergence(held), factors
+        )
+        if solution.residuals is not None:
+            batches, sequences = self.system_batches(self._train, plan)
+            counted = self._train.counted
+            tokens = sum(counted[i] for b in batches for i in b)
+            share = "all" if sequences == len(self._train) else f"{sequences} of"
+            where = f"{share} {len(self._train)} training sequences ({tokens:,} tokens), which the system is made of"
+            if self.options.get("curvature", "ggn") == "fisher":
+                where += (
+                    f", with the Fisher matrix of {'sampled' if self.fit_loss == 'sampled' else 'their own'} labels"
+                )
+            found = entries(solution, where, self._tol, facts, range(count))
+        elif certify is False:
+            return None
+        else:
+            spread = layout.spread(factors.dampings(damping, request.damping_mode), V)
+            try:
+                with GGNOperator(self.model, self.selection, self.task, self._train, held.groups) as C:
+                    measured = measure(C, held, solution.X, V, spread)
+                found = entries(measured, str(held), self._tol, facts, range(count))
+            except (ConfigError, ModelError) as error:
+                found = _unmeasured(str(error), count)
+        energy = block.captured_energy()
+        for row, entry in enumerate(found):
+            entry["iterations"] = solution.iterations[row]
+            if "captured_energy" in solution.facts:
+                entry["captured_energy"] = round(float(solution.facts["captured_energy"][row]), 6)
+            if energy is not None:
+                entry["captured_energy"] = round(float(energy[number * count + row]), 6)
+                entry["reason"] += "; of the solution before it was cut to low rank"
+            for key in ("scale", "batch", "depth", "step", "steps"):
+                if key in solution.facts:
+                    entry[key] = solution.facts[key]
+        return found
+
+    def _keep(self, indices: list[int], found: list[Any] | None) -> None:
+        """Remember a block's certificates; on disk as well where the run may be resumed."""
+        if found is None or any(part is None for part in found):
+            return
+        self._certificates[indices[0]] = found
+        if self._state is not None:
+            artifacts.atomic_write_json(self._state / f"certificate-{indices[0]:06d}.json", {"dampings": found})
+
+    def _collected(self, queries: int, dampings: int) -> list[dict[str, Any]] | None:
+        """All certificates, damping by damping; those of blocks that an earlier start finished come from disk."""
+        paths = sorted(self._state.glob("certificate-*.json")) if self._state is not None else []
+        for path in paths:
+            first = int(path.stem.rpartition("-")[2])
+            if first not in self._certificates:
+                self._certificates[first] = artifacts.read_json(path, "certificates")["dampings"]
+            path.unlink()
+        if not self._certificates:
+            return None
+        blocks = [self._certificates[first] for first in sorted(self._certificates)]
+        out = [entry for d in range(dampings) for block in blocks for entry in block[d]]
+        return out if len(out) == queries * dampings else None
 
 
-def _block(X: Tensor, layout: Layout, layers: list[Any], rank: int | float | None) -> QueryBlock:
-    """Solutions as a block of queries; of low rank where one was asked for."""
+@contextmanager
+def _silent_timings(run: GradientRun) -> Iterator[None]:
+    """What is timed inside belongs to another stage."""
+    kept = dict(run.timings)
+    try:
+        yield
+    finally:
+        run.timings.clear()
+        run.timings.update(kept)
+
+
+def _unmeasured(why: str, count: int) -> list[dict[str, Any]]:
+    return [{"verdict": "not measured", "reason": why} for _ in range(count)]
+
+
+def query_block(X: Tensor, layout: Layout, layers: list[Any], rank: int | float | None) -> QueryBlock:
+    """Solutions ``[Q, D]`` as a block of queries; of low rank where one was asked for."""
     block = QueryBlock(X.shape[0])
     for layer in layers:
         value = layout.unpack(X)[layer.name]
@@ -180,3 +509,29 @@ def _block(X: Tensor, layout: Layout, layers: list[Any], rank: int | float | Non
         block.right[layer.name] = Vh[:, :r].contiguous()
         block.energy[layer.name] = share[:, r - 1].to(X.dtype)
     return block
+
+
+_block = query_block
+
+
+def _dense_rows(block: QueryBlock, rows: list[int], layers: list[Any]) -> dict[str, Tensor]:
+    """``{layer: [q, d_out, d_in(+1)]}`` of some rows of a block, whatever form it is kept in."""
+    like = next(iter([*block.dense.values(), *block.left.values()]))
+    out = {}
+    for layer in layers:
+        name = layer.name
+        if name in block.dense:
+            value = block.dense[name][rows]
+            if block.factors is not None:
+                factor = block.factors.layers[name]
+                U_A = block.factors.inputs[factor.group].basis
+                value = value if factor.basis is None else factor.basis @ value
+                value = value if U_A is None else value @ U_A.T
+            elif layer.bias:
+                value = torch.cat([value, block.bias[name][rows].unsqueeze(2)], dim=2)
+        elif name in block.left:
+            value = block.left[name][rows] @ block.right[name][rows]
+        else:
+            value = like.new_zeros(len(rows), layer.d_out, layer.columns)
+        out[name] = value
+    return out
