@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import csv
+import fcntl
 import importlib
 import io
 import pkgutil
@@ -202,6 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for message in wrong:
                 print(f"WRONG {line['module']} {line['case']} {line['kernel']} {line['arch']}: {message}")
         fresh = {_key(line): line for line, _ in results}
+        lock = open(Path(tempfile.gettempdir(), f"pyinf_compile_table_{which}.lock"), "w")
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends: another may be writing its own lines
         committed, before = read_table(which)
         if chosen.only and committed == version:
             kept = {key: line for key, line in before.items() if key[0] not in chosen.only}

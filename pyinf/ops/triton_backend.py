@@ -23,9 +23,22 @@ from pyinf.ops.verified import is_verified
 if TYPE_CHECKING:
     from pyinf.triton_kernels.launch import Launch
 
-__all__ = ["FLOATS", "check_tensors", "device_of", "interpreted", "register_triton", "run", "unavailable"]
+__all__ = [
+    "FLOATS",
+    "aligned_rows",
+    "check_tensors",
+    "device_of",
+    "interpreted",
+    "register_triton",
+    "run",
+    "unavailable",
+]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+ALIGNMENT = 16
+"""Triton knows of a size or stride that 16 divides it, or nothing."""
+LARGEST_STRIDE = (1 << 31) // 512
+"""Rows of a tile may not lie 2³¹ elements apart or more: offsets inside a tile have 32 bits."""
 _OLDEST = (8, 0)
 _WRAPPERS = (
     "triton_covariance",
@@ -80,7 +93,7 @@ def check_tensors(*tensors: Tensor | None, dtypes: Sequence[torch.dtype] = FLOAT
         if tensor.device != device:
             return f"Triton kernels take tensors of one device; got {device} and {tensor.device}"
         if tensor.dtype not in dtypes:
-            return f"no Triton kernel for {tensor.dtype}"
+            return f"no Triton kernel for {tensor.dtype}, only for {', '.join(str(dtype) for dtype in dtypes)}"
     if device.type == "cpu":
         return None if interpreted() else "Triton kernels take CUDA tensors; these are on the CPU"
     if device.type != "cuda":
@@ -88,6 +101,24 @@ def check_tensors(*tensors: Tensor | None, dtypes: Sequence[torch.dtype] = FLOAT
     if interpreted():
         return "TRITON_INTERPRET=1 is set: the interpreter takes CPU tensors only"
     return _too_old(device)
+
+
+def aligned_rows(x: Tensor) -> tuple[Tensor, int]:
+    """x ``[N, d]``, or a copy of it, whose rows a kernel may read in 16-byte pieces; and how far: d rounded up to 16.
+
+    Triton fetches rows asynchronously only where 16 divides the row stride and the number of columns read. What lies
+    between d and the width returned is any memory at all (the kernel's results there are never stored).
+    """
+    rows, d = x.shape
+    width = -(-d // ALIGNMENT) * ALIGNMENT
+    stride = x.stride(0)
+    if x.stride(1) == 1 and stride % ALIGNMENT == 0 and width <= stride < LARGEST_STRIDE and x.data_ptr() % 16 == 0:
+        last = x.storage_offset() + (rows - 1) * stride + width
+        if rows == 0 or last * x.element_size() <= x.untyped_storage().nbytes():
+            return x, width
+    padded = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    padded[:, :d] = x
+    return padded, width
 
 
 def device_of(args: Iterable[Any]) -> torch.device:
