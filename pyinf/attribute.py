@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import hashlib
 import json
@@ -20,13 +21,13 @@ from pyinf import artifacts, ops, progress
 from pyinf import methods as _methods
 from pyinf._version import __version__
 from pyinf.capture import Modules, select_layers
-from pyinf.curvature import EIGENSOLVERS, Factors, check_damping
+from pyinf.curvature import EIGENSOLVERS, Factors, check_damping, planned_kind
 from pyinf.data.batching import PreparedExamples, make_batches, prepare
 from pyinf.errors import ArtifactError, ConfigError, ModelError
 from pyinf.methods.bm25 import bm25_scores
 from pyinf.methods.gradient import ScoreRequest, check_request
 from pyinf.methods.options import settle
-from pyinf.methods.solved import SolvedRun
+from pyinf.methods.runs import run_of
 from pyinf.plan import Plan, default_token_budget, make_plan, parse_bytes
 from pyinf.score import Scores, parse_rank
 from pyinf.tasks import CausalLM, Task
@@ -40,6 +41,7 @@ _OPTIONS = {
     "cache": "auto",
     "token_budget": None,
     "checkpoint_seconds": 60.0,
+    "certify": "auto",
 }
 
 
@@ -73,7 +75,8 @@ class Attributor:
         run_dir: keep unfinished and finished work there; the same call again goes on where it stopped.
         **method_options: ``query_rank`` (None: dense; a rank; a captured energy such as 0.99), ``eigensolver``,
             ``memory_budget`` (bytes or "2GiB"), ``cache`` (auto, memory, disk, none), ``token_budget``,
-            ``checkpoint_seconds``; and the method's own, ``pyinf.methods.get(name).options``.
+            ``checkpoint_seconds``, ``certify`` (True, False, or "auto": where it costs no more than a tenth of the
+            run's operations; solvers measure themselves); and the method's own, ``pyinf.methods.get(name).options``.
 
     Raises:
         ConfigError: unknown method or option, or damping ≤ 0.
@@ -105,10 +108,14 @@ class Attributor:
                 f"unknown fisher '{fisher}'; use 'sampled' (true Fisher) or 'empirical' (the data's labels)"
             )
         self.options = settle(method, self.method.options, _OPTIONS, method_options)
+        if "approximation" in self.options:
+            self.method = dataclasses.replace(self.method, factors=self.options["approximation"])
         if self.options["eigensolver"] not in EIGENSOLVERS:
             raise ConfigError(
                 f"unknown eigensolver '{self.options['eigensolver']}'; choose one of {', '.join(EIGENSOLVERS)}"
             )
+        if self.options["certify"] not in (True, False, "auto"):
+            raise ConfigError(f"certify is {self.options['certify']!r}; it must be True, False or 'auto'")
         self.query_rank = parse_rank(self.options["query_rank"])
         if backend is not None:
             with ops.use_backend(backend):
@@ -136,10 +143,11 @@ class Attributor:
             with self._placed():
                 pass  # an impossible device is an error now
             self.selection = select_layers(model, modules)
-            self._run = SolvedRun(
+            self._run = run_of(self.method, self.options)(
                 model, self.selection, self.task, self.method, fisher, self.options["eigensolver"], seed,
                 options=self.options,
             )  # fmt: skip
+            self._run.damping = (self.damping, damping_mode)
 
     # -- plan ----------------------------------------------------------------------------------------------------------
 
@@ -184,7 +192,7 @@ class Attributor:
             batches=len(make_batches(train.lengths, None, batch_size, token_budget)),
             token_budget=token_budget,
             batch_size=batch_size,
-            factors=self.method.factors,
+            factors=planned_kind(self.method.factors),
             fisher=self.fisher,
             fitted=self.factors is not None,
             query_rank=self.query_rank,
@@ -195,7 +203,7 @@ class Attributor:
             disk_free=artifacts.free_disk(self.run_dir or Path.cwd()),
             to_disk=self.run_dir is not None,
         )
-        if self.method.solver is not None:
+        if self._run.solver is not None:
             plan.score_rotated = False  # what the solver returns is in the layers' own coordinates
         self._plan = plan
         return plan
@@ -310,6 +318,7 @@ class Attributor:
         per_module: bool = False,
         topk: int | None = None,
         dampings: Sequence[float] | None = None,
+        tol: float | None = None,
     ) -> Any:
         """Influence of every training example on every query.
 
@@ -318,6 +327,9 @@ class Attributor:
             per_module: ``{layer: …}`` instead of the sum over layers.
             topk: keep only the ``k`` largest of each query; ``[Q, N]`` is then never held.
             dampings: several values from the one fit; the result is then ``{damping: Scores}``.
+            tol: refine until every query's relative residual and error bound are at most this, or say in the
+                certificate that it could not: a method that solves takes it for its own ``tol``, one with factors is
+                refined by block conjugate gradients under them (``ekfac`` becomes ``ekfac_cg``).
 
         Returns:
             :class:`pyinf.Scores`, or a dict of them.
@@ -325,9 +337,13 @@ class Attributor:
         Raises:
             ConfigError: not fitted yet, or a combination without meaning.
             DataError, ResourceError: before any work.
+            SolverError: a solver diverged or met an operator that is not positive definite; says what to change.
         """
         if self.method.kind == "tokens":
             return self._score_tokens(queries, train, topk)
+        if tol is not None:
+            with self._run.refined(tol):
+                return self.score(queries, train, batch_size, granularity, per_module, topk, dampings)
         values = list(dampings) if dampings is not None else [self.damping]
         if not values:
             raise ConfigError("dampings is empty; give at least one value")
@@ -365,18 +381,19 @@ class Attributor:
         plan: Plan,
     ) -> Any:
         out = {}
+        certificates = facts.pop("certificate", None)
         for number, damping in enumerate(request.dampings):
             rows = slice(number * len(queries), (number + 1) * len(queries))
-            own = dict(facts)
+            own, certificate = dict(facts), None if certificates is None else certificates[rows]
             if "captured_energy" in facts and len(request.dampings) > 1:
                 own.pop("captured_energy")
             meta = self._meta(own, damping, queries, train, plan)
             if request.topk is not None:
-                out[damping] = Scores(None, None, meta, (result[0][rows], result[1][rows]))
+                out[damping] = Scores(None, certificate, meta, (result[0][rows], result[1][rows]))
             elif request.per_module:
-                out[damping] = Scores({name: values[rows] for name, values in result.items()}, None, meta)
+                out[damping] = Scores({name: values[rows] for name, values in result.items()}, certificate, meta)
             else:
-                out[damping] = Scores(result[rows], None, meta)
+                out[damping] = Scores(result[rows], certificate, meta)
         if asked is None:
             return next(iter(out.values()))
         if self.method.factors is None:  # no curvature, no damping: the same scores under every name
@@ -393,6 +410,7 @@ class Attributor:
             "damping_mode": self.damping_mode if self.method.factors else None,
             "fisher": self.fisher if self.method.factors else None,
             "query_rank": self.query_rank,
+            "solver": self._run.solver,
             "modules": self.selection.names,
             "queries": len(queries),
             "train": len(train),
@@ -516,6 +534,8 @@ class Attributor:
             "task": self.task.fingerprint(),
             "seed": self.seed,
             "request": str(request),
+            "options": {name: repr(self._run.options[name]) for name in [*self.method.options, "certify"]},
+            "refine": [self._run.refine, self._run.options.get("tol")],
             "batches": [plan.batch_size, plan.token_budget, plan.query_block],
             "factors": None if self.factors is None else self.factors.meta,
         }

@@ -2,10 +2,12 @@
 
 from pyinf.curvature.eigen import EIGENSOLVERS, eigenbasis, residuals
 from pyinf.curvature.factors import Factors, InputFactor, LayerFactor, absolute_damping, check_damping
-from pyinf.curvature.fit import fit_factors
+from pyinf.curvature.fit_moments import MOMENT_CURVATURES, fit_moments, planned_kind
+from pyinf.curvature.fit_moments import fit_any as fit_factors
 
 __all__ = [
     "EIGENSOLVERS",
+    "MOMENT_CURVATURES",
     "Factors",
     "InputFactor",
     "LayerFactor",
@@ -13,5 +15,7 @@ __all__ = [
     "check_damping",
     "eigenbasis",
     "fit_factors",
+    "fit_moments",
+    "planned_kind",
     "residuals",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +22,19 @@ from pyinf.curvature.fit import (
     _groups_state,
     _lambda_pass,
     _SquaredGradients,
+    fit_factors,
 )
 from pyinf.curvature.moments import Moments, ShampooMoments, TraceMoments
 from pyinf.errors import ConfigError
 
-__all__ = ["MOMENT_CURVATURES", "fit_moments", "shampoo_eigenvalues", "trace_restricted_eigenvalues"]
+__all__ = [
+    "MOMENT_CURVATURES",
+    "fit_any",
+    "fit_moments",
+    "planned_kind",
+    "shampoo_eigenvalues",
+    "trace_restricted_eigenvalues",
+]
 
 MOMENT_CURVATURES = {
     "tkfac": "trace-restricted K-FAC: the trace of every layer's curvature is exact",
@@ -130,6 +139,16 @@ def fit_moments(
             name: _kronecker(kind, inputs[name], spectra[name], rows[f"S:{name}"], sequences) for name in bases
         }
     return _assemble(source, kind, inputs, bases, spectra, corrected, rows, sequences)
+
+
+def planned_kind(kind: str | None) -> str | None:
+    """The K-FAC curvature whose passes and shapes those of ``kind`` are."""
+    return kind if kind not in MOMENT_CURVATURES else "ekfac" if kind.startswith("ec_") else "kfac"
+
+
+def fit_any(source: PassSource, kind: str, *args: Any, **options: Any) -> Factors:
+    """Fit factors of any kind; arguments as :func:`pyinf.curvature.fit.fit_factors`."""
+    return (fit_moments if kind in MOMENT_CURVATURES else fit_factors)(source, kind, *args, **options)
 
 
 def _decompose(

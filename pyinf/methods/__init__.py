@@ -9,6 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pyinf.errors import ConfigError
+from pyinf.methods.option_sets import (
+    NORMALISER_OPTIONS,
+    SOURCE_OPTIONS,
+    SUBSPACE_OPTIONS,
+    TRACIN_OPTIONS,
+    approximation,
+)
 from pyinf.methods.options import Option, choice, count, flag, number
 
 __all__ = ["METHODS", "Method", "get"]
@@ -48,6 +55,9 @@ _CURVATURE = Option(
 _SYSTEM = {"tol": _TOL, "fit_batches": _FIT_BATCHES, "curvature": _CURVATURE}
 
 
+_POSITIVE = number(0, none=True)
+
+
 def _most(default: int) -> Option:
     return Option(default, "iterations, at most", count())
 
@@ -61,6 +71,7 @@ METHODS: dict[str, Method] = {
             "Grosse et al. 2023, arXiv 2308.03296",
             "two passes to fit, one to score",
             factors="ekfac",
+            options=approximation("ekfac", "ec_shampoo", "ec_tkfac"),
         ),
         Method(
             "kfac",
@@ -68,6 +79,23 @@ METHODS: dict[str, Method] = {
             "Martens & Grosse 2015, arXiv 1503.05671",
             "one pass to fit, one to score",
             factors="kfac",
+            options=approximation("kfac", "tkfac", "shampoo", "shampoo2"),
+        ),
+        Method(
+            "ec_shampoo",
+            "influence with Shampoo's eigenbases and corrected eigenvalues, uncompressed",
+            "Gupta et al. 2018, arXiv 1802.09568; George et al. 2018, arXiv 1806.03884",
+            "two passes to fit, one to score",
+            factors="ec_shampoo",
+        ),
+        Method(
+            "ekfac_subspace",
+            "EK-FAC with a Newton step in the span of sampled gradients, across layers",
+            "pyinf (docs/curvatures.md)",
+            "two passes to fit, one to score, and the sampled gradients",
+            factors="ekfac",
+            solver="subspace",
+            options={**approximation("ekfac", "ec_shampoo", "ec_tkfac"), **SUBSPACE_OPTIONS},
         ),
         Method(
             "diagonal",
@@ -81,6 +109,7 @@ METHODS: dict[str, Method] = {
             "dot product of gradients: influence with the identity for curvature",
             "Pruthi et al. 2020 (TracIn, last checkpoint), arXiv 2002.08484",
             "one pass to score",
+            options=NORMALISER_OPTIONS,
         ),
         Method(
             "grad_cos",
@@ -114,6 +143,113 @@ METHODS: dict[str, Method] = {
                 "max_iterations": _most(1000),
                 "block": Option(False, "queries search one shared Krylov space", flag),
             },
+        ),
+        Method(
+            "ekfac_astra",
+            "EK-FAC refined by preconditioned steps with momentum on sampled curvature",
+            "Wang et al. 2025 (ASTRA), arXiv 2507.14740",
+            "two passes to fit, one to score, and curvature products of a sampled batch a step",
+            factors="ekfac",
+            solver="astra",
+            options={
+                **_SYSTEM,
+                "max_iterations": _most(200),
+                "batch": Option(256, "sequences sampled a step; all of them where there are no more", count()),
+                "step": Option(None, "step size; None: one over the largest preconditioned eigenvalue", _POSITIVE),
+                "momentum": Option(0.9, "share of the last step that is taken again", number(0, 1, inclusive=True)),
+                "decay": Option(0.5, "factor of the step size every decay_every iterations", number(0, 1.0001)),
+                "decay_every": Option(50, "iterations between decays", count()),
+            },
+        ),
+        Method(
+            "lissa",
+            "stochastic Neumann series, its scale, batch and depth set from the spectrum",
+            "Agarwal et al. 2017, arXiv 1602.03943; Klochkov & Liu 2024, arXiv 2409.17357",
+            "one pass to fit the damping, one to score, and curvature products of a sampled batch a step",
+            factors="diagonal",
+            solver="lissa",
+            options={
+                **_SYSTEM,
+                "max_iterations": _most(1000),
+                "scale": Option(None, "divisor of the curvature; None: 1.1 times its largest eigenvalue", _POSITIVE),
+                "batch": Option(None, "sequences a step; None: by trace and largest eigenvalue", count(none=True)),
+            },
+        ),
+        Method(
+            "neumann",
+            "Neumann series on the whole curvature, nothing sampled",
+            "Koh & Liang 2017, arXiv 1703.04730",
+            "one pass to fit the damping, one to score, and curvature products until tol holds",
+            factors="diagonal",
+            solver="neumann",
+            options={
+                **_SYSTEM,
+                "max_iterations": _most(1000),
+                "scale": Option(None, "divisor of the curvature; None: 1.1 times its largest eigenvalue", _POSITIVE),
+            },
+        ),
+        Method(
+            "arnoldi",
+            "the curvature's leading eigenvectors from a Krylov space, the rest dropped",
+            "Schioppa et al. 2022, arXiv 2112.03052",
+            "one pass to fit the damping, one to score, and one curvature product a step",
+            factors="diagonal",
+            solver="arnoldi",
+            options={
+                **_SYSTEM,
+                "steps": Option(60, "Krylov steps", count()),
+                "rank": Option(None, "eigenvectors kept; None: all that the steps found", count(none=True)),
+                "complement": Option(False, "keep the rest of the space, as if its curvature were zero", flag),
+            },
+        ),
+        Method(
+            "datainf",
+            "the mean of single examples' inverses for the inverse of their mean, layer by layer",
+            "Kwon et al. 2024, arXiv 2310.00902",
+            "one pass to fit the damping, one for the gradients, one to score",
+            factors="diagonal",
+            solver="datainf",
+            options={"fit_batches": _FIT_BATCHES},
+        ),
+        Method(
+            "hyperinf",
+            "one side of each layer's gradients, inverted by the Schulz iteration",
+            "Zhou et al. 2024, arXiv 2410.05090",
+            "one pass to fit the damping, one for the gradients, one to score",
+            factors="diagonal",
+            solver="hyperinf",
+            options={
+                "fit_batches": _FIT_BATCHES,
+                "side": Option("output", "which side of the gradients makes the matrix", choice("output", "input")),
+            },
+        ),
+        Method(
+            "exact",
+            "the damped system solved directly: dense Gauss-Newton matrix, or Woodbury on the examples' Gram matrix",
+            "Koh & Liang 2017, arXiv 1703.04730",
+            "one pass to fit the damping, the matrix in memory, one pass to score",
+            factors="diagonal",
+            solver="exact",
+            options={
+                **_SYSTEM,
+                "limit": Option(10_000, "traced parameters, at most, for the dense matrix", count()),
+            },
+        ),
+        Method(
+            "tracin",
+            "dot products of gradients, summed over checkpoints of the training run",
+            "Pruthi et al. 2020, arXiv 2002.08484",
+            "checkpoints; one pass a checkpoint to score",
+            solver="checkpoints",
+            options=TRACIN_OPTIONS,
+        ),
+        Method(
+            "source",
+            "influence by approximate unrolling of the training run (plain SGD or Adam)",
+            "Bae et al. 2024, arXiv 2405.12186",
+            "checkpoints; two passes a checkpoint to fit, one to score",
+            solver="checkpoints",
+            options=SOURCE_OPTIONS,
         ),
         Method(
             "bm25",

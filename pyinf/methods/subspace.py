@@ -1,0 +1,143 @@
+"""EK-FAC with a Newton step in the span of sampled gradients: composition of ``pyinf.curvature.subspace``."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyinf.capture import Consumer, PassSource, TracingSession
+from pyinf.curvature import Factors
+from pyinf.curvature.gradients import GradientSet
+from pyinf.curvature.subspace import SubspaceInverse, fit_subspace
+from pyinf.data.batching import PreparedExamples, make_batches
+from pyinf.errors import ConfigError
+from pyinf.methods.gradient import ScoreRequest
+from pyinf.methods.solved import SolvedRun, query_block
+from pyinf.plan import Plan
+from pyinf.score import QueryBlock
+from pyinf.solve import GGNOperator, Layout
+
+__all__ = ["SubspaceRun", "draw_sets"]
+
+
+def draw_sets(eligible: list[int], wanted: int, moments: int | None, seed: int) -> tuple[list[int], list[int] | None]:
+    """Indices of the gradients of the span and of the moments (None: the same), drawn without replacement.
+
+    Raises:
+        ConfigError: no gradient is left for the moments.
+    """
+    order = torch.randperm(len(eligible), generator=torch.Generator().manual_seed(seed)).tolist()
+    span = sorted(eligible[i] for i in order[:wanted])
+    if moments == 0:
+        return span, None
+    rest = order[wanted:] if moments is None else order[wanted : wanted + moments]
+    if not rest:
+        raise ConfigError(
+            f"subspace_gradients is {wanted} of {len(eligible)} training examples, which leaves none for the moments; "
+            "lower it, or set subspace_moments=0 to take the same gradients for both"
+        )
+    return span, sorted(eligible[i] for i in rest)
+
+
+@dataclass
+class SubspaceRun(SolvedRun):
+    """A run whose query gradients go through EK-FAC and a Newton step in the span of sampled training gradients.
+
+    The gradients are those of the training set that is scored, with the fit's labels (sampled or the data's); the step
+    is fitted once a damping and kept.
+    """
+
+    _fitted: dict[Any, SubspaceInverse] = field(default_factory=dict)
+
+    def inverse(
+        self, train: PreparedExamples, factors: Factors, dampings: dict[str, float], plan: Plan
+    ) -> SubspaceInverse:
+        """The inverse at some damping, fitted when first asked for."""
+        key = (id(train), id(factors), tuple(dampings.values()))
+        if key in self._fitted:
+            return self._fitted[key]
+        started = time.perf_counter()
+        counted, options = train.counted, self.options
+        live = [i for i in train.scored if counted[i] > 0]
+        span, moments = draw_sets(live, options["subspace_gradients"], options["subspace_moments"], self.seed)
+        free = max(0, plan.memory_budget - sum(plan.memory.values()))
+        sets = [self._gradients(train, part, factors, plan, free // 2) for part in (span, moments) if part is not None]
+        with self._product(train, plan) as product:
+            found = fit_subspace(
+                factors,
+                dampings,
+                sets[0],
+                sets[1] if moments is not None else None,
+                options["subspace_rank"],
+                options["subspace_shrinkage"],
+                options["subspace_complement"],
+                product,
+            )
+        self._fitted = {k: v for k, v in self._fitted.items() if k[:2] == key[:2]} | {key: found}
+        self._add_time("subspace", started)
+        return found
+
+    @contextlib.contextmanager
+    def _product(self, train: PreparedExamples, plan: Plan) -> Iterator[Any]:
+        """Products with the exact Gauss–Newton matrix, where they are wanted."""
+        if self.options["subspace_curvature"] == "gradients":
+            yield None
+            return
+        layout = Layout.of(self.selection.layers)
+        batches = self.batches(train, plan, scored_only=False)
+        with GGNOperator(self.model, self.selection, self.task, train, batches, len(train)) as curvature:
+            yield lambda vectors: layout.unpack(curvature(layout.pack(vectors)))
+
+    def _gradients(
+        self,
+        train: PreparedExamples,
+        indices: list[int],
+        factors: Factors,
+        plan: Plan,
+        budget: int,
+        loss: str | None = None,
+    ) -> GradientSet:
+        batches = make_batches(train.lengths, indices, plan.batch_size, plan.token_budget)
+
+        def run(consumer_of: Callable[[], Consumer]) -> None:
+            with TracingSession(self.model, self.selection, self.task, self.groups) as session:
+                PassSource(session, train, batches).run(
+                    lambda *_: consumer_of(), loss or self.fit_loss, "subspace gradients"
+                )
+
+        counted = train.counted
+        return GradientSet(run, factors, sum(counted[i] for i in indices), budget, batches)
+
+    def _query_block(
+        self, queries: PreparedExamples, indices: list[int], factors: Factors | None, request: ScoreRequest, plan: Plan
+    ) -> QueryBlock:
+        assert factors is not None and self._train is not None
+        if self.refine is not None:
+            return super()._query_block(queries, indices, factors, request, plan)
+        layout = Layout.of(self.selection.layers)
+        vectors = layout.unpack(self.raw_gradients(queries, indices, plan))
+        parts = []
+        for damping in request.dampings:
+            inverse = self.inverse(self._train, factors, factors.dampings(damping, request.damping_mode), plan)
+            parts.append(layout.pack(inverse.ihvp(vectors)))
+        block = query_block(torch.cat(parts), layout, self.selection.layers, request.query_rank)
+        return self.certified(block, queries, indices, factors, request, plan)
+
+    def self_score(
+        self, train: PreparedExamples, factors: Factors | None, dampings: dict[str, float], plan: Plan
+    ) -> Tensor:
+        """Self-influence ``⟨H⁻¹G_i, G_i⟩`` of every training example, ``[N]``."""
+        assert factors is not None
+        inverse = self.inverse(train, factors, dampings, plan)
+        out = torch.zeros(len(train), dtype=torch.float64)
+        free = max(0, plan.memory_budget - sum(plan.memory.values()))
+        for part in self.batches(train, plan, scored_only=True):
+            gradients = self._gradients(train, part, factors, plan, free // 2, "train")
+            out[[i for batch in gradients.batches for i in batch]] = inverse.self_scores(gradients).cpu()
+        return out.to(self._score_dtype())
