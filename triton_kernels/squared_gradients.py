@@ -22,7 +22,7 @@ from .configs import Config, Table, all_configs, family_of, lookup
 from .launch import Launch
 from .tiles import MULTIPROCESSORS, dtype_name, tile_of
 
-__all__ = ["CONFIGS", "aot_cases", "choose", "launches", "splits_of"]
+__all__ = ["CONFIGS", "aot_cases", "candidates", "choose", "launches", "splits_of"]
 
 
 @triton.jit
@@ -110,6 +110,12 @@ most of the card idle; float32 by its precision. Chosen by what compiles without
 _ADD = Config({"BN": 1024}, num_warps=4, num_stages=2)
 _SHORT = 32
 _MOST_PARTIAL = 1 << 26  # elements of all partial Λ together: 256 MiB
+
+
+def candidates(dtype: torch.dtype, precision: str, family: str) -> list[Config]:
+    """What autotuning measures: the table's configurations for this dtype and precision."""
+    wanted = precision if dtype == torch.float32 else "half"
+    return [config for kind, config in all_configs(CONFIGS, family) if kind.split("_")[0] == wanted]
 
 
 def _tiles(d_out: int, d_in: int, config: Config) -> int:

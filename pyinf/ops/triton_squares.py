@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from pyinf.ops.packing import bounds
 from pyinf.ops.precision import float32_precision
 from pyinf.ops.triton_backend import aligned_rows, check_tensors, register_triton, run
+from pyinf.ops.triton_tuning import enabled, tuned
+
+if TYPE_CHECKING:
+    from pyinf.triton_kernels.configs import Config
+
+_OP = "accumulate_squared_gradients"
 
 
 def check(Lam: Tensor, g: Tensor, a: Tensor, offsets: Tensor) -> str | None:
@@ -40,11 +48,18 @@ def accumulate_squared_gradients(Lam: Tensor, g: Tensor, a: Tensor, offsets: Ten
     g, read_g = aligned_rows(g)
     a, read_a = aligned_rows(a)
     precision, family = float32_precision(), family_of(Lam.device)
+
+    def run_with(config: Config, out: Tensor) -> None:
+        splits = kernels.splits_of(d_out, d_in, sequences, config, family)
+        partial = torch.empty(splits, d_out, d_in, device=out.device) if splits > 1 else None
+        run(kernels.launches(out, g, a, marks, partial, precision, config, family, read_g, read_a), out.device)
+
     config = kernels.choose(d_out, d_in, g.shape[0], sequences, g.dtype, precision, family)
-    splits = kernels.splits_of(d_out, d_in, sequences, config, family)
-    partial = torch.empty(splits, d_out, d_in, device=Lam.device) if splits > 1 else None
-    launches = kernels.launches(Lam, g, a, marks, partial, precision, config, family, read_g, read_a)
-    run(launches, Lam.device)
+    if enabled(Lam.device):
+        key = f"{g.dtype} {precision} {d_out}x{d_in} length {(g.shape[0] // sequences).bit_length()}"
+        others, scratch = kernels.candidates(g.dtype, precision, family), torch.empty_like(Lam)
+        config = tuned(_OP, key, config, others, lambda c: run_with(c, scratch), Lam.device)
+    run_with(config, Lam)
 
 
-register_triton("accumulate_squared_gradients", accumulate_squared_gradients, check)
+register_triton(_OP, accumulate_squared_gradients, check)
