@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyinf.curvature.eigen_gpu import divide_and_conquer
 from pyinf.errors import ConfigError, NonFiniteError
 
 __all__ = ["EIGENSOLVERS", "EigenResidual", "eigenbasis", "residuals"]
@@ -19,6 +20,7 @@ EIGENSOLVERS = {
     "auto": "LAPACK or cuSOLVER in fp32, in fp64 up to 512 rows, where it costs next to nothing",
     "fp32": "LAPACK or cuSOLVER syevd in fp32",
     "fp64": "LAPACK or cuSOLVER syevd in fp64",
+    "divide-and-conquer": "spectral divide and conquer by the matrix sign: products only, residuals checked",
     "orthogonal-iteration": "blocked orthogonal iteration with a Rayleigh quotient for the eigenvalues",
 }
 _ITERATIONS = 4
@@ -53,6 +55,8 @@ def eigenbasis(matrix: Tensor, solver: str = "auto", name: str = "factor") -> tu
     if not bool(torch.isfinite(matrix.diagonal()).all()):
         raise NonFiniteError(f"the covariance of {name} is not finite; run the model in a wider dtype")
     dtype = matrix.dtype
+    if solver == "divide-and-conquer":
+        return divide_and_conquer(matrix, name=name)
     if solver == "orthogonal-iteration":
         return _orthogonal_iteration(matrix)
     # Close eigenvalues make fp32 eigenvectors follow the last bit of the input, hence the batch size; small factors
