@@ -21,7 +21,7 @@ from pyinf import artifacts, ops, progress
 from pyinf import methods as _methods
 from pyinf._version import __version__
 from pyinf.capture import Modules, select_layers
-from pyinf.curvature import EIGENSOLVERS, Factors, check_damping, planned_kind
+from pyinf.curvature import EIGENSOLVERS, MOMENT_CURVATURES, Factors, check_block, check_damping, planned_kind
 from pyinf.data.batching import PreparedExamples, make_batches, prepare
 from pyinf.errors import ArtifactError, ConfigError, ModelError
 from pyinf.methods.bm25 import bm25_scores
@@ -37,6 +37,7 @@ __all__ = ["Attributor", "attribute"]
 _OPTIONS = {
     "query_rank": None,
     "eigensolver": "auto",
+    "factor_block": None,
     "memory_budget": None,
     "cache": "auto",
     "token_budget": None,
@@ -74,7 +75,8 @@ class Attributor:
         backend: which implementation of the ops; None: as set by :func:`pyinf.set_backend`.
         run_dir: keep unfinished and finished work there; the same call again goes on where it stopped.
         **method_options: ``query_rank`` (None: dense; a rank; a captured energy such as 0.99), ``eigensolver``,
-            ``memory_budget`` (bytes or "2GiB"), ``cache`` (auto, memory, disk, none), ``token_budget``,
+            ``factor_block`` (the widest factor decomposed in one piece), ``memory_budget`` (bytes or "2GiB"), ``cache``
+            (auto, memory, disk, none), ``token_budget``,
             ``checkpoint_seconds``, ``certify`` (True, False, or "auto": where it costs no more than a tenth of the
             run's operations; solvers measure themselves); and the method's own, ``pyinf.methods.get(name).options``.
 
@@ -116,6 +118,7 @@ class Attributor:
             )
         if self.options["certify"] not in (True, False, "auto"):
             raise ConfigError(f"certify is {self.options['certify']!r}; it must be True, False or 'auto'")
+        check_block(self.options["factor_block"])
         self.query_rank = parse_rank(self.options["query_rank"])
         if backend is not None:
             with ops.use_backend(backend):
@@ -148,6 +151,7 @@ class Attributor:
                 options=self.options,
             )  # fmt: skip
             self._run.damping = (self.damping, damping_mode)
+            self._run.factor_block = self.options["factor_block"]
 
     # -- plan ----------------------------------------------------------------------------------------------------------
 
@@ -202,6 +206,7 @@ class Attributor:
             keep_for_scores=self._keep_captured,
             disk_free=artifacts.free_disk(self.run_dir or Path.cwd()),
             to_disk=self.run_dir is not None,
+            own_inputs=self.method.factors in MOMENT_CURVATURES,
         )
         if self._run.solver is not None:
             plan.score_rotated = False  # what the solver returns is in the layers' own coordinates
@@ -514,6 +519,7 @@ class Attributor:
             "fisher": self.fisher,
             "seed": self.seed,
             "eigensolver": self.options["eigensolver"],
+            **({} if self.options["factor_block"] is None else {"factor_block": self.options["factor_block"]}),
             "task": self.task.fingerprint(),
             "batch_size": plan.batch_size,
             "token_budget": plan.token_budget,

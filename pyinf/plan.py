@@ -199,8 +199,11 @@ def make_plan(
     disk_free: int | None,
     to_disk: bool,
     blocks: int | None = None,
+    own_inputs: bool = False,
 ) -> Plan:
     """Decide query blocks and what is captured once, from shapes and free memory.
+
+    ``own_inputs``: every layer has an input factor of its own, also where several read one input.
 
     Raises:
         ResourceError: even one query with an empty cache does not fit, or the disk is too small.
@@ -214,7 +217,8 @@ def make_plan(
     parameters = sum(o * i for o, i in sizes)
     in_widths = {}
     for layer in selection.layers:
-        in_widths.setdefault(_shared_input(layer.name, layer.columns), layer.columns)
+        own = (layer.name, layer.columns)
+        in_widths.setdefault(own if own_inputs else _shared_input(*own), layer.columns)
     widths_in, widths_out = sum(in_widths.values()), sum(o for o, _ in sizes)
     free = available_memory(device)
     budget = memory_budget if memory_budget is not None else int(_DEFAULT_SHARE * free)

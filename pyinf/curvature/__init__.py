@@ -1,5 +1,6 @@
 """Factors, bases and corrected eigenvalues of the curvature, and the inverse they give."""
 
+from pyinf.curvature.blocks import check_block
 from pyinf.curvature.eigen import EIGENSOLVERS, eigenbasis, residuals
 from pyinf.curvature.factors import Factors, InputFactor, LayerFactor, absolute_damping, check_damping
 from pyinf.curvature.fit_moments import MOMENT_CURVATURES, fit_moments, planned_kind
@@ -12,6 +13,7 @@ __all__ = [
     "InputFactor",
     "LayerFactor",
     "absolute_damping",
+    "check_block",
     "check_damping",
     "eigenbasis",
     "fit_factors",

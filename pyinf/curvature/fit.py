@@ -14,7 +14,7 @@ from torch import Tensor
 from pyinf import ops, progress
 from pyinf.capture import CapturedBatch, Consumer, Layer, LayerSelection, PassSource
 from pyinf.checkpoint import Checkpoint
-from pyinf.curvature.eigen import eigenbasis
+from pyinf.curvature.blocks import block_eigenbasis, check_block
 from pyinf.curvature.factors import Factors, InputFactor, LayerFactor
 from pyinf.curvature.rotate import (
     input_rows,
@@ -128,6 +128,7 @@ def fit_factors(
     keep_captured: bool = False,
     keep_rotated: bool = False,
     timings: dict[str, float] | None = None,
+    factor_block: int | None = None,
 ) -> Factors:
     """Fit K-FAC, EK-FAC or diagonal factors from the batches of ``source``.
 
@@ -140,8 +141,10 @@ def fit_factors(
         keep_captured: put captured batches in the source's cache for the later passes.
         keep_rotated: leave them there in the eigenbases, for scores that are formed there.
         timings: seconds by stage are added here.
+        factor_block: the widest factor decomposed in one piece; wider ones are split into diagonal blocks.
 
     Raises:
+        ConfigError: a block below 1.
         NonFiniteError: a factor is NaN or infinite; names the layer.
 
     Sources: Grosse et al. 2023 (arXiv 2308.03296), George et al. 2018 (arXiv 1806.03884).
@@ -163,7 +166,7 @@ def fit_factors(
             if sets:
                 covariances.restore(sets["covariance"], state["rows"], device)
             _covariance_pass(source, covariances, loss, int(state["batch"]), checkpoint, keep_captured, timings)
-            inputs, bases, spectra = _eigenbases(covariances, selection, source, eigensolver, timings)
+            inputs, bases, spectra = _eigenbases(covariances, eigensolver, timings, check_block(factor_block))
             rows = covariances.rows
             state = {"stage": "lambda", "batch": 0, "rows": dict(rows), "groups": _groups_state(source)}
             if checkpoint is not None and kind == "ekfac":
@@ -223,7 +226,7 @@ def _never_called(missing: list[str]) -> None:
 
 
 def _eigenbases(
-    covariances: _Covariances, selection: LayerSelection, source: PassSource, solver: str, timings: dict[str, float]
+    covariances: _Covariances, solver: str, timings: dict[str, float], limit: int | None
 ) -> tuple[dict[str, InputFactor], dict[str, Tensor | None], dict[str, Tensor | None]]:
     started = time.perf_counter()
     inputs: dict[str, InputFactor] = {}
@@ -232,12 +235,13 @@ def _eigenbases(
     with progress.stage("eigenbases", len(covariances.A) + len(covariances.S), "factors") as running:
         for group in list(covariances.A):
             matrix = covariances.A.pop(group).div_(max(1, covariances.rows[f"A:{group}"]))
-            basis, values = eigenbasis(matrix, solver, f"the input of layer '{group}'")
+            basis, values = block_eigenbasis(matrix, solver, f"the input of layer '{group}'", limit)
             inputs[group] = InputFactor(basis, values, covariances.rows[f"A:{group}"])
             running.advance(1)
         for name in list(covariances.S):
             matrix = covariances.S.pop(name).div_(max(1, covariances.rows[f"S:{name}"]))
-            bases[name], spectra[name] = eigenbasis(matrix, solver, f"the output gradient of layer '{name}'")
+            where = f"the output gradient of layer '{name}'"
+            bases[name], spectra[name] = block_eigenbasis(matrix, solver, where, limit)
             running.advance(1)
     timings["eigendecomposition"] = timings.get("eigendecomposition", 0.0) + time.perf_counter() - started
     return inputs, bases, spectra

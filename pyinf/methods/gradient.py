@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pyinf import artifacts
 from pyinf.capture import CaptureCache, InputGroups, LayerSelection, PassSource, TracingSession
 from pyinf.checkpoint import Checkpoint
-from pyinf.curvature import Factors, fit_factors
+from pyinf.curvature import Factors, fit_factors, planned_kind
 from pyinf.data.batching import PreparedExamples, make_batches
 from pyinf.errors import ArtifactError, ConfigError
 from pyinf.methods import Method
@@ -65,6 +65,7 @@ class GradientRun:
     timings: dict[str, float] = field(default_factory=dict)
     cache: CaptureCache | None = None
     cache_of: str | None = None
+    factor_block: int | None = None
 
     @property
     def fit_loss(self) -> str:
@@ -92,7 +93,7 @@ class GradientRun:
         checkpoint = Checkpoint(state, interval) if state is not None else None
         with TracingSession(self.model, self.selection, self.task, self.groups) as session:
             source = PassSource(session, data, self.batches(data, plan, False), self.cache)
-            uses_again = self.method.factors == "ekfac" or keep
+            uses_again = planned_kind(self.method.factors) == "ekfac" or keep
             factors = fit_factors(
                 source,
                 self.method.factors,
@@ -103,6 +104,7 @@ class GradientRun:
                 keep_captured=uses_again and bool(plan.cache_memory or plan.cache_disk),
                 keep_rotated=keep and plan.score_rotated,
                 timings=self.timings,
+                factor_block=self.factor_block,
             )
         if keep and self.fit_loss == "train":
             self.cache_of = data.name

@@ -28,7 +28,8 @@ SUBSPACE_OPTIONS = {
     "subspace_gradients": Option(256, "training gradients that span the subspace", count()),
     "subspace_rank": Option(None, "leading directions kept of them; None: all", count(none=True)),
     "subspace_moments": Option(
-        None, "other training gradients that give the curvature there; None: all the others, 0: the same ones",
+        None, "training gradients outside the span that give the curvature in it: with sampled labels, so many "
+        "sequences under another draw (None: all); with the data's, so many others (None: all); 0: those of the span",
         count(0, none=True),
     ),
     "subspace_curvature": Option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,12 +23,18 @@ from pyinf.methods.solved import SolvedRun, query_block
 from pyinf.plan import Plan
 from pyinf.score import QueryBlock
 from pyinf.solve import GGNOperator, Layout
+from pyinf.tasks import Task
 
 __all__ = ["SubspaceRun", "draw_sets"]
 
 
-def draw_sets(eligible: list[int], wanted: int, moments: int | None, seed: int) -> tuple[list[int], list[int] | None]:
-    """Indices of the gradients of the span and of the moments (None: the same), drawn without replacement.
+def draw_sets(
+    eligible: list[int], wanted: int, moments: int | None, seed: int, redraw: bool
+) -> tuple[list[int], list[int] | None]:
+    """Indices of the sequences of the span and of the moments (None: the very gradients of the span).
+
+    The moments must not be gradients that the span was made from. Where labels can be drawn again (``redraw``), a
+    sequence may serve both; else the two sets have no sequence in common.
 
     Raises:
         ConfigError: no gradient is left for the moments.
@@ -36,7 +43,8 @@ def draw_sets(eligible: list[int], wanted: int, moments: int | None, seed: int) 
     span = sorted(eligible[i] for i in order[:wanted])
     if moments == 0:
         return span, None
-    rest = order[wanted:] if moments is None else order[wanted : wanted + moments]
+    rest = order[wanted:] + order[:wanted] if redraw else order[wanted:]
+    rest = rest if moments is None else rest[:moments]
     if not rest:
         raise ConfigError(
             f"subspace_gradients is {wanted} of {len(eligible)} training examples, which leaves none for the moments; "
@@ -65,15 +73,21 @@ class SubspaceRun(SolvedRun):
         started = time.perf_counter()
         counted, options = train.counted, self.options
         live = [i for i in train.scored if counted[i] > 0]
-        span, moments = draw_sets(live, options["subspace_gradients"], options["subspace_moments"], self.seed)
-        free = max(0, plan.memory_budget - sum(plan.memory.values()))
-        sets = [self._gradients(train, part, factors, plan, free // 2) for part in (span, moments) if part is not None]
+        redraw = self.fit_loss == "sampled"
+        span, others = draw_sets(live, options["subspace_gradients"], options["subspace_moments"], self.seed, redraw)
+        free = max(0, plan.memory_budget - sum(plan.memory.values())) // 2
+        gradients = self._gradients(train, span, factors, plan, free)
+        moments = None
+        if others is not None:
+            task = copy.copy(self.task)
+            task.seed = self.seed + 1 if redraw else self.seed
+            moments = self._gradients(train, others, factors, plan, free, task=task)
         with self._product(train, plan) as product:
             found = fit_subspace(
                 factors,
                 dampings,
-                sets[0],
-                sets[1] if moments is not None else None,
+                gradients,
+                moments,
                 options["subspace_rank"],
                 options["subspace_shrinkage"],
                 options["subspace_complement"],
@@ -102,11 +116,12 @@ class SubspaceRun(SolvedRun):
         plan: Plan,
         budget: int,
         loss: str | None = None,
+        task: Task | None = None,
     ) -> GradientSet:
         batches = make_batches(train.lengths, indices, plan.batch_size, plan.token_budget)
 
         def run(consumer_of: Callable[[], Consumer]) -> None:
-            with TracingSession(self.model, self.selection, self.task, self.groups) as session:
+            with TracingSession(self.model, self.selection, task or self.task, self.groups) as session:
                 PassSource(session, train, batches).run(
                     lambda *_: consumer_of(), loss or self.fit_loss, "subspace gradients"
                 )

@@ -84,6 +84,24 @@ def test_finished_and_loaded_factors(case, tmp_path):
         attributor(case, "ekfac", approximation="shampoo")
 
 
+@pytest.mark.parametrize("method", ["ekfac", "ec_shampoo", "kfac"])
+def test_wide_factors_split_through_the_public_call(case, method):
+    found = attributor(case, method, factor_block=10).fit(case.train)
+    basis = found.factors.inputs[found.factors.layers[case.names[0]].group].basis
+    assert basis.shape == (16, 16) and not bool(basis[:8, 8:].any()) and bool(basis[:8, :8].all())
+    whole = attributor(case, method).fit(case.train).score(case.queries, case.train).values
+    values = found.score(case.queries, case.train).values
+    assert 1e-4 < oracle.error(values, whole) < 0.9
+    with pytest.raises(ConfigError, match="factor_block"):
+        attributor(case, method, factor_block=0)
+
+
+def test_the_plan_counts_an_input_factor_a_layer(case):
+    shared, own = (attributor(case, m).plan(case.train, case.queries) for m in ("ekfac", "ec_shampoo"))
+    assert own.memory["factors"] == shared.memory["factors"] + 8 * 16 * 16  # q and v read one input of 16
+    assert own.fit_passes == shared.fit_passes == 2
+
+
 def test_subspace_through_the_public_call(case):
     """All training gradients: the exact damped empirical Fisher over the layers together."""
     found = attributor(case, "ekfac_subspace", subspace_gradients=9, subspace_moments=0, subspace_shrinkage=0)
@@ -114,13 +132,29 @@ def test_subspace_draws_and_sampled_labels_repeat(case):
 
 
 def test_drawing_the_gradients():
-    span, moments = draw_sets(list(range(10, 20)), 4, None, seed=0)
-    assert len(span) == 4 and sorted([*span, *moments]) == list(range(10, 20))
-    assert draw_sets(list(range(10)), 4, 3, seed=0)[1] is not None and len(draw_sets(list(range(10)), 4, 3, 0)[1]) == 3
-    assert draw_sets(list(range(10)), 20, 0, seed=1) == (list(range(10)), None)
-    assert draw_sets(list(range(10)), 4, None, 0) != draw_sets(list(range(10)), 4, None, 1)
+    some = list(range(10, 20))
+    span, moments = draw_sets(some, 4, None, seed=0, redraw=False)
+    assert len(span) == 4 and sorted([*span, *moments]) == some
+    assert len(draw_sets(some, 4, 3, seed=0, redraw=False)[1]) == 3
+    assert draw_sets(some, 20, 0, seed=1, redraw=False) == (some, None)
+    assert draw_sets(some, 4, None, 0, False) != draw_sets(some, 4, None, 1, False)
+    assert draw_sets(some, 10, None, seed=0, redraw=True) == (some, some)
+    again, others = draw_sets(some, 4, 3, seed=0, redraw=True)
+    assert again == span and not set(again) & set(others)
     with pytest.raises(ConfigError, match="subspace_moments=0"):
-        draw_sets(list(range(10)), 10, None, seed=0)
+        draw_sets(some, 10, None, seed=0, redraw=False)
+
+
+def test_the_moments_are_of_another_draw_of_labels(case):
+    found = pyinf.Attributor(
+        case.model, "ekfac_subspace", modules=LAYERS, subspace_gradients=9, eigensolver="fp64", subspace_complement=1
+    ).fit(case.train)
+    same = pyinf.Attributor(
+        case.model, "ekfac_subspace", modules=LAYERS, subspace_gradients=9, eigensolver="fp64", subspace_complement=1,
+        subspace_moments=0,
+    ).fit(case.train)  # fmt: skip
+    first, second = (a.score(case.queries, case.train).values for a in (found, same))
+    assert oracle.error(first, second) > 1e-3
 
 
 @pytest.mark.parametrize(
