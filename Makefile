@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench wheel clean build browser check-wheel
+.PHONY: demo test lint bench wheel clean build browser check-wheel oldest-triton
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -25,7 +25,14 @@ build: $(VENV)/.stamp
 demo: build
 	$(BIN)/python -m pyinf demo
 
-test: build browser
+# The oldest Triton that is supported, beside the environment, not in it: kernels are also compiled with that one.
+.envs/triton-3.2.0/triton: $(VENV)/.stamp
+	@test -d $@ || $(BIN)/python -m pip install --quiet --no-deps --target .envs/triton-3.2.0 triton==3.2.0 || \
+	  echo "triton 3.2.0 could not be installed: kernels are not compiled with it"
+
+oldest-triton: .envs/triton-3.2.0/triton
+
+test: build browser oldest-triton
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests --ignore=tests/packaging
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/triton
 	$(BIN)/python -m pytest tests/packaging

@@ -1,0 +1,35 @@
+"""Every kernel and configuration compiled by the oldest supported Triton (for sm_90), under the same gate."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import compile_table
+
+ROOT = Path(__file__).resolve().parents[2]
+OLDEST = "3.2.0"
+FOLDER = ROOT / ".envs" / f"triton-{OLDEST}"
+HERE = (FOLDER / "triton").is_dir()
+
+
+@pytest.mark.skipif(not HERE, reason=f"no {FOLDER.relative_to(ROOT)}: `make oldest-triton` installs it")
+@pytest.mark.parametrize("module", compile_table.modules() if HERE else ["every module"])
+def test_compiles_on_the_oldest_triton(module, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER), "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(Path(__file__).with_name("oldest.py")), module, "sm_90"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["triton"] == OLDEST and result["cases"] > 0
+    assert result["wrong"] == {}
+
+
+def test_the_version_is_the_one_that_the_package_asks_for():
+    assert f'"triton>={OLDEST.rsplit(".", 1)[0]};' in (ROOT / "pyproject.toml").read_text()
+    assert f"triton=={OLDEST}" in (ROOT / "Makefile").read_text()
