@@ -59,11 +59,15 @@ class Launch:
 
     def specialisation(self) -> Specialisation:
         """How Triton specialises this launch: integers of value 1 and None become constants; 16 dividing an integer or
-        an address is an attribute. Tensors on the "meta" device count as aligned where their storage offset is.
+        an address is an attribute. Tensors on the "meta" device count as aligned where their storage offset is. What a
+        kernel lists under ``do_not_specialize`` (a seed) keeps its type whatever its value.
         """
         signature, constants, divisible = {}, dict(self.constants), []
+        plain = {p.name for p in getattr(self.kernel, "params", ()) if p.do_not_specialize}
         for name, value in self.arguments.items():
-            if value is None or (type(value) is int and value == 1):
+            if name in plain and type(value) is int:
+                signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            elif value is None or (type(value) is int and value == 1):
                 constants[name] = value
             elif isinstance(value, torch.Tensor):
                 signature[name] = _POINTERS[value.dtype]
