@@ -38,6 +38,9 @@ class Consumer:
         """Take one layer of one batch."""
         raise NotImplementedError
 
+    def finish_batch(self) -> None:
+        """Called when the last layer of a batch was handed over: the place for what is done for all layers at once."""
+
     def take_rotated(self) -> CapturedBatch | None:
         """The batch just consumed in the layers' eigenbases, if this consumer made it and it is wanted later."""
         return None

@@ -157,6 +157,7 @@ class PassSource:
             captured = self.cache.load(key, self.session.device)
             consumer.rotated = captured.rotated
             self._replay(captured, consumer)
+            consumer.finish_batch()
             rotated = consumer.take_rotated()
             if rotated is not None:
                 self.cache.replace(key, rotated)
@@ -170,6 +171,7 @@ class PassSource:
             self.cache.store(key, recorder.captured)
         else:
             self.session.run(batch, consumer, loss)
+        consumer.finish_batch()
 
     def _replay(self, captured: CapturedBatch, consumer: Consumer) -> None:
         seen: set[str] = set()

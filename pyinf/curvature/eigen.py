@@ -14,7 +14,7 @@ from torch import Tensor
 from pyinf.curvature.eigen_gpu import divide_and_conquer
 from pyinf.errors import ConfigError, NonFiniteError
 
-__all__ = ["EIGENSOLVERS", "EigenResidual", "eigenbasis", "residuals"]
+__all__ = ["EIGENSOLVERS", "SMALL_FACTOR", "EigenResidual", "eigenbasis", "residuals"]
 
 EIGENSOLVERS = {
     "auto": "LAPACK or cuSOLVER in fp32, in fp64 up to 512 rows, where it costs next to nothing",
@@ -24,7 +24,8 @@ EIGENSOLVERS = {
     "orthogonal-iteration": "blocked orthogonal iteration with a Rayleigh quotient for the eigenvalues",
 }
 _ITERATIONS = 4
-_SMALL = 512
+SMALL_FACTOR = 512
+"""Rows up to which float64 costs next to nothing beside the rest."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def eigenbasis(matrix: Tensor, solver: str = "auto", name: str = "factor") -> tu
         return _orthogonal_iteration(matrix)
     # Close eigenvalues make fp32 eigenvectors follow the last bit of the input, hence the batch size; small factors
     # need not put up with that.
-    wide = solver == "fp64" or (solver == "auto" and matrix.shape[0] <= _SMALL)
+    wide = solver == "fp64" or (solver == "auto" and matrix.shape[0] <= SMALL_FACTOR)
     work = matrix.double() if wide else matrix
     try:
         values, vectors = torch.linalg.eigh(work, UPLO="L")

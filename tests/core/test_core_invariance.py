@@ -64,6 +64,21 @@ def test_what_is_kept_between_passes(model, base, fisher, cache, tmp_path, monke
     assert not list(tmp_path.iterdir())  # scratch files are gone
 
 
+@pytest.mark.parametrize("cache", ["memory", "none"])
+def test_small_layers_added_together_at_the_end_of_a_batch(model, cache, monkeypatch):
+    one_by_one = scores(model, cache=cache).values
+    calls = []
+    together = pyinf.ops.grouped.accumulate_squared_gradients_group
+    monkeypatch.setattr(pyinf.ops.grouped, "is_small", lambda accumulator: True)
+    monkeypatch.setattr(
+        pyinf.ops.grouped,
+        "accumulate_squared_gradients_group",
+        lambda Lam, *rest: (calls.append(len(Lam)), together(Lam, *rest)),
+    )
+    assert torch.equal(scores(model, cache=cache).values, one_by_one)
+    assert calls and min(calls) > 1
+
+
 def test_a_cache_that_holds_only_some_batches(model, base, monkeypatch):
     from pyinf.methods import gradient
 
