@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyinf._version import __version__
 from pyinf.errors import BackendUnavailableError, PyinfError
 
-__all__ = ["Report", "doctor"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Report", "doctor", "verify_kernels"]
 
 _PACKAGES = ("torch", "triton", "numpy", "transformers", "safetensors", "tokenizers", "datasets", "peft")
 _ISA = ("generic", "avx2", "avx512", "avx512bf16")
@@ -113,10 +117,11 @@ def _devices() -> tuple[list[str], str]:
 def doctor(verify: bool = False) -> Report:
     """Look at what runs on this machine: versions, the compiled extension, GPUs, and every op's backends with reasons.
 
-    ``verify=True`` also runs the CUDA kernels on every GPU that torch sees and compares them with float64; those that
-    pass are remembered for that card and version, and "auto" takes them from then on. Raises
-    :class:`~pyinf.errors.BackendUnavailableError` without a GPU, ``PyinfError`` where a value is wrong. Works without
-    a driver and without the extension.
+    ``verify=True`` also runs every CUDA and Triton kernel on every GPU that torch sees and compares it with float64
+    (pyinf/bench/verify.py); each that passes is remembered for that card and version, and "auto" takes it from then
+    on. Raises :class:`~pyinf.errors.BackendUnavailableError` without a GPU or without a kernel for one, and
+    ``PyinfError`` naming the kernels whose values are wrong: these stay off. Works without a driver and without the
+    extension.
     """
     import torch
 
@@ -136,54 +141,84 @@ def doctor(verify: bool = False) -> Report:
         "backend": ops.registry.current_backend(),
     }
     checks: list[str] = []
+    table = ops.registry.describe()
     if verify:
         if not devices:
             raise BackendUnavailableError(
                 f"nothing to verify: {note}; run `pyinf doctor --verify` on a machine with one"
             )
-        if build is None or not build["cuda"]:
-            raise BackendUnavailableError(
-                "nothing to verify: the extension has no CUDA kernels; rebuild with PYINF_CUDA=1 (it needs nvcc)"
+        backends = _gpu_backends(table)
+        details = {"git": build["git_hash"] if build else "unknown", "torch": torch.__version__}
+        details["triton"] = _versions()["triton"]
+        wrong: list[str] = []
+        for i in range(len(devices)):
+            found, failed = verify_kernels(torch.device("cuda", i), backends, details)
+            checks += found
+            wrong += failed
+        if wrong:
+            raise PyinfError(
+                "kernels that give wrong values here stay off; those that passed are remembered: " + "; ".join(wrong)
             )
-        checks = [line for i in range(len(devices)) for line in _verify_squared_gradients(i, build)]
-    return Report(_versions(), machine, build, build_error, devices, note, ops.registry.describe(), checks)
+        checks.append(f"remembered in {ops.verified.user_file()}")
+    return Report(_versions(), machine, build, build_error, devices, note, table, checks)
 
 
-def _verify_squared_gradients(device: int, build: dict[str, Any]) -> list[str]:
-    """Run the CUDA kernel of ``accumulate_squared_gradients`` and compare it with float64; one line a case.
+def _gpu_backends(table: dict[str, dict[str, str]]) -> list[str]:
+    """Backends of GPU kernels that have at least one op here. Raises when none has, with the reasons."""
+    have = [b for b in ("cuda", "triton") if any(row.get(b) == "available" for row in table.values())]
+    if not have:
+        reasons = {b: next(iter(dict.fromkeys(row[b] for row in table.values()))) for b in ("cuda", "triton")}
+        raise BackendUnavailableError(
+            "nothing to verify: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        )
+    return have
 
-    It passes where its error ‖out − ref‖/‖ref‖ is at most twice that of plain torch on the same inputs (1e-6 where
-    torch is better than half of that), twice over with the same bits; then it is remembered for this card and version.
+
+def verify_kernels(
+    device: torch.device, backends: Sequence[str], details: dict[str, Any], ops: Sequence[str] | None = None
+) -> tuple[list[str], list[str]]:
+    """Verify every op of ``backends`` on ``device``, one op and backend after the other.
+
+    Each that passes is remembered at once for this card and version; what an earlier run remembered of one that fails
+    is struck from the user's record. ``details`` goes into the record. Returns (a line for each op, backend and dtype;
+    what is wrong). After an error that ends the CUDA context the rest cannot be checked here: it is named in what is
+    wrong.
     """
-    import torch
+    from pyinf import bench
+    from pyinf.bench.machine import card_name
+    from pyinf.ops import verified
 
-    from pyinf.ops import reference, registry, torch_backend, verified
+    card = card_name(device)
+    lines: list[str] = []
+    wrong: list[str] = []
+    pairs = dict.fromkeys((case.op, case.backend) for case in bench.cases(ops, backends))
+    for op, backend in pairs:
+        try:
+            outcomes = bench.verify_all(device, bench.cases([op], [backend]))
+        except Exception as error:
+            verified.forget(op, card, backend)
+            reason = (str(error).splitlines() or [""])[0]
+            wrong.append(f"{op} {backend} broke {device} ({reason}); nothing after it was checked in this process")
+            break
+        state = bench.verified_ops(outcomes)[op, backend]
+        summary = [_summary(outcomes, op, backend, dtype, device) for dtype in bench.DTYPES]
+        lines += [line for line in summary if line]
+        if state == "verified":
+            verified.record(op, card, {**details, "cases": [line for line in summary if line]}, backend)
+        elif state.startswith("takes no call"):
+            lines.append(f"not verified: {device} {op} {backend} {state}")
+        else:
+            verified.forget(op, card, backend)
+            wrong.append(f"{op} {backend}: {state}")
+    return lines, wrong
 
-    op = "accumulate_squared_gradients"
-    where = torch.device("cuda", device)
-    generator = torch.Generator().manual_seed(0)
-    offsets = torch.tensor([0, 5, 5, 305, 306, 370, 881])
-    lines = []
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for d_out, d_in in ((384, 256), (131, 77)):
-            g = torch.randn(int(offsets[-1]), d_out, generator=generator).to(dtype)
-            a = torch.randn(int(offsets[-1]), d_in, generator=generator).to(dtype)
-            exact = torch.zeros(d_out, d_in, dtype=torch.float64)
-            reference.accumulate_squared_gradients(exact, g.double(), a.double(), offsets)
-            inputs = [t.to(where) for t in (g, a, offsets)]
-            outputs = [torch.zeros(d_out, d_in, device=where) for _ in range(3)]
-            torch_backend.accumulate_squared_gradients(outputs[0], *inputs)
-            with registry.use_backend("cuda", op):
-                for out in outputs[1:]:
-                    registry.dispatch(op, out, *inputs)
-            torch_error, error = (float((t.double().cpu() - exact).norm() / exact.norm()) for t in outputs[:2])
-            good = error <= max(2 * torch_error, 1e-6) and torch.equal(*outputs[1:])
-            lines.append(
-                f"{'ok' if good else 'WRONG'} {where} {op} {dtype} {d_out}x{d_in}: "
-                f"error {error:.1e}, torch {torch_error:.1e}"
-            )
-    wrong = [line for line in lines if line.startswith("WRONG")]
-    if wrong:
-        raise PyinfError("a kernel gives wrong values here, so it stays off: " + "; ".join(wrong))
-    details = {"git": build["git_hash"], "torch": torch.__version__, "cases": lines}
-    return [*lines, f"remembered in {verified.record(op, torch.cuda.get_device_name(where), details)}"]
+
+def _summary(outcomes: list[Any], op: str, backend: str, dtype: str, device: torch.device) -> str:
+    own = [o for o in outcomes if o.case.dtype == dtype]
+    done = [o for o in own if o.state != "not taken"]
+    if not done:
+        return ""
+    wrong = sum(o.state == "WRONG" for o in done)
+    worst = max(done, key=lambda o: o.error)
+    text = f"{'WRONG' if wrong else 'ok'} {device} {op} {backend} {dtype}: {len(done) - wrong} of {len(done)} calls"
+    return f"{text}, largest error {worst.error:.1e} where plain torch has {worst.torch_error:.1e}"

@@ -18,7 +18,7 @@ LAYERS = [
     {"cli"},
     {"demo"},
     {"interop", "study"},
-    {"doctor"},
+    {"doctor", "bench"},
     {"attribute"},
     {"methods"},
     {"store", "solve", "report"},

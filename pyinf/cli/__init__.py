@@ -10,6 +10,7 @@ import typer
 
 from pyinf._version import __version__
 from pyinf.cli.attribute import attribute
+from pyinf.cli.bench import bench
 from pyinf.cli.demo import demo
 from pyinf.cli.doctor import doctor
 from pyinf.cli.fit import fit
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (attribute, fit, score, report, doctor, demo):
+for _command in (attribute, fit, score, report, bench, doctor, demo):
     app.command()(_command)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from pyinf._version import __version__
 from pyinf.artifacts import atomic_write_json
 
-__all__ = ["is_verified", "record", "user_file"]
+__all__ = ["forget", "is_verified", "record", "user_file"]
 
 _REPOSITORY_FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "verified.json"
 
@@ -60,3 +60,14 @@ def record(op: str, card: str, details: dict[str, Any], backend: str = "cuda") -
     atomic_write_json(path, found)
     _records.cache_clear()
     return path
+
+
+def forget(op: str, card: str, backend: str = "cuda") -> bool:
+    """Strike ``backend``'s kernel of ``op`` on ``card`` from the user's file; returns whether it stood there."""
+    path = user_file()
+    found = _read(path)
+    if not isinstance(found.get(op), dict) or found[op].pop(_key(card, backend), None) is None:
+        return False
+    atomic_write_json(path, found)
+    _records.cache_clear()
+    return True
