@@ -71,7 +71,11 @@ def _options(function: Callable[..., Any]) -> str:
 def _commands() -> dict[str, Callable[..., Any]]:
     from pyinf.cli import app
 
-    return {c.name or c.callback.__name__: c.callback for c in app.registered_commands}
+    found = {c.name or c.callback.__name__: c.callback for c in app.registered_commands}
+    for group in app.registered_groups:
+        inner = group.typer_instance
+        found |= {f"{inner.info.name} {c.name or c.callback.__name__}": c.callback for c in inner.registered_commands}
+    return found
 
 
 def commands() -> str:

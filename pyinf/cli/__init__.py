@@ -13,6 +13,7 @@ from pyinf.cli.attribute import attribute
 from pyinf.cli.bench import bench
 from pyinf.cli.demo import demo
 from pyinf.cli.doctor import doctor
+from pyinf.cli.evaluate import app as evaluate
 from pyinf.cli.fit import fit
 from pyinf.cli.report import report
 from pyinf.cli.score import score
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 for _command in (attribute, fit, score, report, bench, doctor, demo):
     app.command()(_command)
+app.add_typer(evaluate)
 
 
 def _version(value: bool) -> None:

@@ -212,6 +212,16 @@ class Screen:
         if not (self.quiet or self.json_output):
             self._out.print(Text(text), soft_wrap=True)
 
+    @property
+    def width(self) -> int:
+        """Columns that results have."""
+        return self._out.width
+
+    def table(self, table: Table) -> None:
+        """A table of results."""
+        if not (self.quiet or self.json_output):
+            self._out.print(table)
+
     def plan(self, rows: Iterable[tuple[str, str]], notes: Iterable[str]) -> None:
         """The plan of the run, before it starts."""
         if self.quiet:
