@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 __all__ = [
+    "dense_scores_by_token",
     "dense_scores_flops",
     "dot_is_ghost",
     "ghost_dot_flops",
@@ -21,7 +22,10 @@ __all__ = [
     "rotate_first_flops",
     "rotate_first_is_cheaper",
     "sandwich_flops",
+    "shared_input_is_cheaper",
     "sketch_flops",
+    "sketch_is_cheaper",
+    "token_scores_flops",
 ]
 
 
@@ -94,3 +98,48 @@ def dot_is_ghost(tokens1: int, tokens2: int, d_out: int, d_in: int, count1: int,
     """Whether token-by-token products are cheaper than the gradients of both sides."""
     ghost = ghost_dot_flops(tokens1, tokens2, d_out, d_in)
     return ghost <= materialised_dot_flops(tokens1, tokens2, d_out, d_in, count1, count2)
+
+
+def token_scores_flops(tokens: int, d_out: int, d_in: int, queries: int) -> int:
+    """Multiply every token's input with every query, then with its output gradient: ``2NQ(d_in + 1)·d_out``."""
+    return 2 * tokens * queries * (d_in + 1) * d_out
+
+
+VECTOR_WEIGHT = 16
+"""How many half-precision tensor-core operations take the time of one float32 operation outside them: 312 to 19.5 on an
+A100, 989 to 67 on an H100 (data sheets)."""
+
+
+def dense_scores_by_token(tokens: int, queries: int, sequences: int) -> bool:
+    """Whether a GPU should score dense queries token by token: ``NQ ≤ N + 16·BQ``, in units of ``2·d_out·d_in``.
+
+    By sequence the gradients take N on the tensor cores, and their products with the queries BQ outside them. Short
+    sequences and single queries go by token, whatever the layer.
+    """
+    return tokens * queries <= tokens + VECTOR_WEIGHT * sequences * queries
+
+
+def shared_input_is_cheaper(outputs: Sequence[int], d_in: int, columns: int, wide: int = 128, narrow: int = 64) -> bool:
+    """Whether layers that share an input are scored against factored queries in one launch rather than one each.
+
+    ``outputs``: d_out of each layer; ``columns``: Q·r. Together a tile has ``narrow`` columns of each layer and reads
+    the input once for all; one by one it has ``wide`` columns and reads the input for each. The elements read for a
+    token are compared: ``⌈Qr/narrow⌉(d_in + Σ d_out)`` with ``⌈Qr/wide⌉ Σ (d_in + d_out)``.
+    """
+    together = -(-columns // narrow) * (d_in + sum(outputs))
+    return together < -(-columns // wide) * sum(d_in + d for d in outputs)
+
+
+RIDGE = 206
+"""Operations in the time that one byte takes to come from memory: an H200 in bfloat16 (989 TFLOP/s, 4.8 TB/s)."""
+
+
+def sketch_is_cheaper(tokens: int, power_iterations: int = 1, ridge: float = RIDGE) -> bool:
+    """Whether the sketch of one query's divided gradient forms its tiles anew in each of its ``2 + 2·power_iterations``
+    passes, or writes the gradient down once.
+
+    For every element the former costs ``2T`` operations more in all passes but one, the latter eight bytes more (one
+    write and one read in float32; in each pass it reads four bytes, as the former reads Λ): ``2T(passes − 1) ≤
+    8·ridge``, whatever the layer and the rank.
+    """
+    return 2 * tokens * (1 + 2 * power_iterations) <= 8 * ridge
