@@ -16,6 +16,7 @@ import fcntl
 import importlib
 import io
 import pkgutil
+import re
 import subprocess
 import sys
 import tempfile
@@ -106,16 +107,30 @@ def compile_case(case: Case) -> tuple[dict[str, str], list[str]]:
     return row_of(case.module, case.name, case.arch, kernel, case.launch.kernel.__name__), wrong
 
 
+def stable_name(mangled: str) -> str:
+    """A kernel's name without what nvcc derives from the path of the file for an anonymous namespace."""
+    while found := re.search(r"(\d+)_GLOBAL__N__[0-9a-f]{8}_", mangled):
+        end = found.end(1) + int(found[1])
+        mangled = mangled[: found.start()] + "12_GLOBAL__N_1" + mangled[end:]
+    return mangled
+
+
 def compile_source(source: Path, arch: str) -> list[tuple[dict[str, str], list[str]]]:
     """The same for every kernel of a CUDA file; shared memory without what the launcher asks for at run time."""
     with tempfile.TemporaryDirectory() as directory:
         results = gate.check_cuda(source, arch, Path(directory))
-    return [(row_of(source.stem, "", f"sm_{arch}", kernel, kernel.name), wrong) for kernel, wrong in results]
+    return [(cuda_row(source, arch, kernel), wrong) for kernel, wrong in results]
+
+
+def cuda_row(source: Path, arch: str, kernel: gate.Kernel) -> dict[str, str]:
+    """The line of one kernel of a CUDA file."""
+    return row_of(source.stem, "", f"sm_{arch}", kernel, stable_name(kernel.name))
 
 
 def cuda_sources() -> list[Path]:
     """The files of csrc with a kernel in them."""
-    return [path for path in sorted((ROOT / "csrc").rglob("*.cu")) if "<<<" in path.read_text()]
+    sources = ((path, path.read_text()) for path in sorted((ROOT / "csrc").glob("*.cu")))
+    return [path for path, text in sources if "<<<" in text or "launch_kernel(" in text]
 
 
 def triton_version() -> str:

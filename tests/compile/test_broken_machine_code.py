@@ -75,6 +75,12 @@ def test_divisibility_of_what_is_launched():
     assert "g_row" not in special.divisible_by_16 and special.constants["sequences"] == 1
 
 
+def test_names_of_cuda_kernels_do_not_depend_on_the_path():
+    names = [f"_ZN5pyinf36_GLOBAL__N__{path}_4_n_cu_9960abc91tILi3EEEvPf" for path in ("b61c088a", "86142832")]
+    assert {compile_table.stable_name(name) for name in names} == {"_ZN5pyinf12_GLOBAL__N_11tILi3EEEvPf"}
+    assert compile_table.stable_name("_Z5plainPf") == "_Z5plainPf"
+
+
 def test_names_of_configurations():
     assert Config({"BM": 64, "GROUP": 8}, 8, 2).name == "BM64_GROUP8_w8_s2"
     with pytest.raises(ValueError, match="two cases"):
