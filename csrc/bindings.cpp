@@ -15,6 +15,10 @@
 #ifdef PYINF_WITH_CUDA
 #include "pyinf/accumulate_squared_gradients.h"
 #include "pyinf/cuda_info.h"
+#include "pyinf/project_gradients.h"
+#include "pyinf/random_projection.h"
+#include "pyinf/scan_topk.h"
+#include "pyinf/sparse_projection.h"
 #endif
 
 namespace py = pybind11;
@@ -82,12 +86,64 @@ void bind_cpu(py::module_& m) {
 }
 
 #ifdef PYINF_WITH_CUDA
-void bind_cuda(py::module_& m) {
-  def_raw<&pyinf::cuda_device_count>(m, "cuda_device_count");
+// Arguments are those of the headers in pyinf/, under their names there.
+void bind_squared_gradients(py::module_& m) {
   def_raw<&pyinf::launch_accumulate_squared_gradients>(
       m, "cuda_accumulate_squared_gradients", py::arg("lam"), py::arg("ld_lam"), py::arg("g"), py::arg("ld_g"),
       py::arg("a"), py::arg("ld_a"), py::arg("offsets"), py::arg("sequences"), py::arg("d_out"), py::arg("d_in"),
       py::arg("dtype"), py::arg("device"), py::arg("stream"));
+}
+
+void bind_projections(py::module_& m) {
+  def_raw<&pyinf::random_projection_workspace>(m, "cuda_random_projection_workspace", py::arg("batch"), py::arg("d"),
+                                               py::arg("k"));
+  def_raw<&pyinf::launch_random_projection>(
+      m, "cuda_random_projection", py::arg("out"), py::arg("ld_out"), py::arg("x"), py::arg("ld_x"), py::arg("batch"),
+      py::arg("d"), py::arg("k"), py::arg("seed"), py::arg("philox_stream"), py::arg("distribution"), py::arg("dtype"),
+      py::arg("workspace"), py::arg("workspace_bytes"), py::arg("device"), py::arg("stream"));
+  def_raw<&pyinf::sparse_projection_workspace>(m, "cuda_sparse_projection_workspace", py::arg("batch"), py::arg("d"),
+                                               py::arg("k"));
+  def_raw<&pyinf::launch_sparse_projection>(
+      m, "cuda_sparse_projection", py::arg("out"), py::arg("ld_out"), py::arg("x"), py::arg("ld_x"), py::arg("batch"),
+      py::arg("d"), py::arg("k"), py::arg("nnz"), py::arg("seed"), py::arg("philox_stream"), py::arg("dtype"),
+      py::arg("workspace"), py::arg("workspace_bytes"), py::arg("device"), py::arg("stream"));
+  def_raw<&pyinf::sparse_projection_factors_workspace>(m, "cuda_sparse_projection_factors_workspace",
+                                                       py::arg("sequences"), py::arg("d_out"), py::arg("d_in"),
+                                                       py::arg("k"));
+  def_raw<&pyinf::launch_sparse_projection_factors>(
+      m, "cuda_sparse_projection_factors", py::arg("out"), py::arg("ld_out"), py::arg("g"), py::arg("ld_g"),
+      py::arg("a"), py::arg("ld_a"), py::arg("offsets"), py::arg("sequences"), py::arg("d_out"), py::arg("d_in"),
+      py::arg("k"), py::arg("nnz"), py::arg("seed"), py::arg("philox_stream"), py::arg("dtype"), py::arg("workspace"),
+      py::arg("workspace_bytes"), py::arg("device"), py::arg("stream"));
+}
+
+void bind_project_gradients(py::module_& m) {
+  def_raw<&pyinf::project_gradients_workspace>(m, "cuda_project_gradients_workspace", py::arg("rows"),
+                                               py::arg("sequences"), py::arg("k_g"), py::arg("k_a"));
+  def_raw<&pyinf::launch_project_gradients>(
+      m, "cuda_project_gradients", py::arg("out"), py::arg("row_scale"), py::arg("g"), py::arg("ld_g"), py::arg("a"),
+      py::arg("ld_a"), py::arg("offsets"), py::arg("rows"), py::arg("sequences"), py::arg("d_out"), py::arg("d_in"),
+      py::arg("p_g"), py::arg("ld_p_g"), py::arg("p_a"), py::arg("ld_p_a"), py::arg("k_g"), py::arg("k_a"),
+      py::arg("seed"), py::arg("stream_g"), py::arg("stream_a"), py::arg("distribution"), py::arg("epilogue"),
+      py::arg("dtype"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("device"), py::arg("stream"));
+}
+
+void bind_scan(py::module_& m) {
+  def_raw<&pyinf::scan_topk_workspace>(m, "cuda_scan_topk_workspace", py::arg("count"), py::arg("n"), py::arg("d"),
+                                       py::arg("k"), py::arg("format"), py::arg("parts"));
+  def_raw<&pyinf::launch_scan_topk>(m, "cuda_scan_topk", py::arg("values"), py::arg("indices"), py::arg("queries"),
+                                    py::arg("part_stride"), py::arg("ld_queries"), py::arg("rows"), py::arg("ld_rows"),
+                                    py::arg("scale"), py::arg("count"), py::arg("n"), py::arg("d"), py::arg("bits"),
+                                    py::arg("k"), py::arg("format"), py::arg("parts"), py::arg("workspace"),
+                                    py::arg("workspace_bytes"), py::arg("device"), py::arg("stream"));
+}
+
+void bind_cuda(py::module_& m) {
+  def_raw<&pyinf::cuda_device_count>(m, "cuda_device_count");
+  bind_squared_gradients(m);
+  bind_projections(m);
+  bind_project_gradients(m);
+  bind_scan(m);
 }
 #endif
 

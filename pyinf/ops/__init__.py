@@ -10,6 +10,7 @@ from pyinf.ops import (
     costs,
     cpu_backend,
     cuda_backend,
+    grouped,
     philox,
     reference,
     schemas,
@@ -35,6 +36,7 @@ from pyinf.ops.api_projection import (
     select_coordinates,
     select_gradient_coordinates,
     sparse_projection,
+    sparse_projection_factors,
 )
 from pyinf.ops.packing import Packed, pack
 from pyinf.ops.precision import float32_precision, set_float32_precision
@@ -55,6 +57,7 @@ __all__ = [
     "float32_precision",
     "gradient_dot",
     "gradient_norm",
+    "grouped",
     "low_rank_scores",
     "pack",
     "pack_signs",
@@ -72,6 +75,7 @@ __all__ = [
     "set_backend",
     "set_float32_precision",
     "sparse_projection",
+    "sparse_projection_factors",
     "symmetrize_",
     "torch_backend",
     "triton_backend",

@@ -19,6 +19,7 @@ __all__ = [
     "select_coordinates",
     "select_gradient_coordinates",
     "sparse_projection",
+    "sparse_projection_factors",
 ]
 
 EPILOGUES = ("float32", "bfloat16", "int8", "sign")
@@ -96,6 +97,27 @@ def sparse_projection(x: Tensor, k: int, seed: int = 0, nnz: int = 1) -> Tensor:
     if nnz < 1 or k >= 1 << 32:
         raise ConfigError(f"nnz must be at least 1 and k below 2**32; got nnz={nnz}, k={k}")
     return torch.ops.pyinf.sparse_projection(x, k, seed, nnz)
+
+
+def sparse_projection_factors(
+    g: Tensor,
+    a: Tensor,
+    offsets: Tensor | None = None,
+    mask: Tensor | None = None,
+    k: int | None = None,
+    seed: int = 0,
+    nnz: int = 1,
+) -> Tensor:
+    """:func:`sparse_projection` of every sequence's flattened gradient, from its factors: ``[B, k]``.
+
+    ``Σ_{o,i} S[o·d_in + i] (Σ_t g_t[o] a_t[i]) / √nnz`` without the gradients ever being held whole (FactGraSS, Hu et
+    al. 2025, whose factors are first cut to a subset of their columns). Equal to ``sparse_projection`` of the gradients
+    flattened to ``[B, d_out·d_in]``. Raises ``ConfigError`` without a k. Cost: ``2·d_out·d_in(N + B·nnz)`` operations.
+    """
+    packed = pack(g, a, offsets, mask)
+    if k is None or not 1 <= k < 1 << 32 or nnz < 1:
+        raise ConfigError(f"k must be given, from 1 to 2**32 - 1, and nnz be at least 1; got k={k}, nnz={nnz}")
+    return torch.ops.pyinf.sparse_projection_factors(packed.g, packed.a, packed.offsets, k, seed, nnz)
 
 
 def select_coordinates(x: Tensor, indices: Tensor) -> Tensor:

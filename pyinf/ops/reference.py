@@ -164,6 +164,11 @@ def sparse_projection(x: Tensor, k: int, seed: int, nnz: int = 1) -> Tensor:
     return x.to(dtype) @ S / nnz**0.5
 
 
+def sparse_projection_factors(g: Tensor, a: Tensor, offsets: Tensor, k: int, seed: int, nnz: int = 1) -> Tensor:
+    """``vec(G_b) S / √nnz``, coordinate ``o · d_in + i`` of every sequence's gradient."""
+    return sparse_projection(_gradients(g, a, offsets).flatten(1), k, seed, nnz)
+
+
 def scan_topk(queries: Tensor, rows: Tensor, k: int, format: str, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """All scores, a stable sort (equal scores: the lower index first), the first k."""
     dtype = accumulator_dtype(queries, rows)
@@ -191,6 +196,7 @@ for _function in (
     project_gradients,
     random_projection,
     sparse_projection,
+    sparse_projection_factors,
     scan_topk,
 ):
     registry.register(_function.__name__, "reference", _function)

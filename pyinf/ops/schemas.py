@@ -33,6 +33,7 @@ SCHEMAS = {
     ),
     "random_projection": "(Tensor x, int k, int seed=0, str distribution='rademacher') -> Tensor",
     "sparse_projection": "(Tensor x, int k, int seed=0, int nnz=1) -> Tensor",
+    "sparse_projection_factors": "(Tensor g, Tensor a, Tensor offsets, int k, int seed=0, int nnz=1) -> Tensor",
     "scan_topk": (
         "(Tensor queries, Tensor rows, int k, str format='bfloat16', Tensor? scale=None) -> (Tensor, Tensor)"
     ),
@@ -89,6 +90,10 @@ def _sparse_projection(x: Tensor, k: int, seed: int = 0, nnz: int = 1) -> Tensor
     return dispatch("sparse_projection", x, k, seed, nnz)
 
 
+def _sparse_projection_factors(g, a, offsets, k, seed=0, nnz=1) -> Tensor:
+    return dispatch("sparse_projection_factors", g, a, offsets, k, seed, nnz)
+
+
 def _scan_topk(queries, rows, k, format="bfloat16", scale=None) -> tuple[Tensor, Tensor]:
     return dispatch("scan_topk", queries, rows, k, format, scale)
 
@@ -136,6 +141,10 @@ def _fake_projection(x, k, *args, **kwargs):
     return x.new_empty((x.shape[0], k), dtype=accumulator_dtype(x))
 
 
+def _fake_sparse_projection_factors(g, a, offsets, k, seed=0, nnz=1):
+    return g.new_empty((offsets.shape[0] - 1, k), dtype=accumulator_dtype(g, a))
+
+
 def _fake_scan_topk(queries, rows, k, format="bfloat16", scale=None):
     shape = (queries.shape[0], min(k, rows.shape[0]))
     values = queries.new_empty(shape, dtype=accumulator_dtype(queries, rows))
@@ -150,6 +159,7 @@ _FAKES = {
     "project_gradients": _fake_project_gradients,
     "random_projection": _fake_projection,
     "sparse_projection": _fake_projection,
+    "sparse_projection_factors": _fake_sparse_projection_factors,
     "scan_topk": _fake_scan_topk,
 }
 

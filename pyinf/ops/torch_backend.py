@@ -345,21 +345,45 @@ def random_projection(x: Tensor, k: int, seed: int, distribution: str) -> Tensor
     return out.div_(k**0.5)
 
 
-def sparse_projection(x: Tensor, k: int, seed: int, nnz: int = 1) -> Tensor:
-    """Signed copies added to their buckets, a window of coordinates at a time, always in the same order."""
-    dtype = accumulator_dtype(x)
-    out = torch.zeros(k, x.shape[0], dtype=dtype, device=x.device)
+def _add_to_buckets(out: Tensor, x: Tensor, first: int, seed: int, nnz: int) -> None:
+    """``out [k, B]`` += signed copies of ``x [B, n]``, coordinates ``first`` on, a window at a time, in order."""
     step = max(1, _workspace(x.device) // max(x.shape[0] * nnz, 1))
     for i in range(0, x.shape[1], step):
         stop = min(i + step, x.shape[1])
-        bucket, sign = philox.sparse_coordinates((i, stop), k, nnz, seed, reference.STREAM_PROJECTION, x.device)
-        columns = x[:, i:stop].to(dtype).T
+        window = (first + i, first + stop)
+        stream = reference.STREAM_PROJECTION
+        bucket, sign = philox.sparse_coordinates(window, out.shape[0], nnz, seed, stream, x.device)
+        columns = x[:, i:stop].to(out.dtype).T
         for s in range(nnz):
-            signed = columns * sign[:, s, None].to(dtype)
+            signed = columns * sign[:, s, None].to(out.dtype)
             if x.is_cuda:  # index_put_ sorts there, so the order of the additions is fixed; index_add_ does not
                 out.index_put_((bucket[:, s],), signed, accumulate=True)
             else:
                 out.index_add_(0, bucket[:, s], signed)
+
+
+def sparse_projection(x: Tensor, k: int, seed: int, nnz: int = 1) -> Tensor:
+    """Signed copies added to their buckets, a window of coordinates at a time, always in the same order."""
+    out = torch.zeros(k, x.shape[0], dtype=accumulator_dtype(x), device=x.device)
+    _add_to_buckets(out, x, 0, seed, nnz)
+    return out.T.contiguous().div_(nnz**0.5)
+
+
+def sparse_projection_factors(g: Tensor, a: Tensor, offsets: Tensor, k: int, seed: int, nnz: int = 1) -> Tensor:
+    """A few sequences at a time, and of these a block of rows of the gradients."""
+    marks = bounds(offsets, g.shape[0])
+    dtype = accumulator_dtype(g, a)
+    out = torch.zeros(k, len(marks) - 1, dtype=dtype, device=g.device)
+    together = max(1, _workspace(g.device) // (16 * max(a.shape[1], 1)))
+    for b in range(0, len(marks) - 1, together):
+        part = marks[b : b + together + 1]
+        rows = slice(part[0], part[-1])
+        shifted = [mark - part[0] for mark in part]
+        for outputs in _row_blocks(g.shape[1], a.shape[1] * (len(part) - 1), g.device):
+            block = _gradient_rows(g[rows], a[rows], shifted, outputs, dtype).flatten(1)
+            buckets = torch.zeros(k, len(part) - 1, dtype=dtype, device=g.device)
+            _add_to_buckets(buckets, block, outputs.start * a.shape[1], seed, nnz)
+            out[:, b : b + together] += buckets
     return out.T.contiguous().div_(nnz**0.5)
 
 
@@ -421,6 +445,7 @@ for _function in (
     project_gradients,
     random_projection,
     sparse_projection,
+    sparse_projection_factors,
     scan_topk,
 ):
     registry.register(_function.__name__, "torch", _function)

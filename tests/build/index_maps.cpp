@@ -50,6 +50,24 @@ int main() {
     }
     expect(row == offsets.back() && finished == filled, "not every sequence was finished");
   }
+  for (const auto& offsets : cases)
+    for (std::int64_t size : {1, 5, 16}) {
+      const auto sequences = static_cast<std::int64_t>(offsets.size()) - 1;
+      if (sequences == 0) continue;
+      std::vector<std::int64_t> next(offsets.begin(), offsets.end() - 1);  // the first row not yet found
+      const std::int64_t pieces = (offsets.back() - offsets.front()) / size + sequences;
+      for (std::int64_t number = 0; number < pieces; ++number) {
+        const Piece piece = find_piece(offsets.data(), sequences, number, size);
+        expect(piece.count >= 0 && piece.count <= size, "size of a piece");
+        if (piece.count == 0) continue;
+        expect(piece.row == next[piece.sequence], "rows of a piece");
+        expect(
+            number - first_piece(offsets.data(), piece.sequence, size) == (piece.row - offsets[piece.sequence]) / size,
+            "number of a piece");
+        next[piece.sequence] += piece.count;
+      }
+      for (std::int64_t b = 0; b < sequences; ++b) expect(next[b] == offsets[b + 1], "a sequence is not whole");
+    }
   std::printf(wrong ? "%d wrong\n" : "ok\n", wrong);
   return wrong ? 1 : 0;
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from pyinf import _C
@@ -40,6 +41,73 @@ def test_one_openmp_runtime_beside_torch():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert int(done.stdout) <= 1
+
+
+OUTPUT = dict(out=64, ld_out=8, workspace=64, workspace_bytes=1 << 30, device=0, stream=0, seed=1, dtype=0)
+MATRIX = dict(x=64, ld_x=40, batch=3, d=40, k=8, philox_stream=0)
+LAUNCHES = {
+    "random_projection": (
+        {**OUTPUT, **MATRIX, "distribution": 0},
+        [{"batch": -1}, {"k": 0}, {"ld_out": 7}, {"ld_x": 39}, {"distribution": 2}, {"out": 0}, {"x": 0}],
+        [{"batch": 0}],
+    ),
+    "sparse_projection": (
+        {**OUTPUT, **MATRIX, "nnz": 1},
+        [{"batch": -1}, {"k": 0}, {"nnz": 0}, {"ld_out": 7}, {"ld_x": 39}, {"out": 0}, {"x": 0}],
+        [{"batch": 0}],
+    ),
+    "sparse_projection_factors": (
+        {**OUTPUT, "philox_stream": 0, "nnz": 1, "k": 8, "g": 64, "ld_g": 4, "a": 64, "ld_a": 5, "offsets": 64}
+        | {"sequences": 2, "d_out": 4, "d_in": 5},
+        [{"sequences": -1}, {"ld_g": 3}, {"ld_a": 4}, {"offsets": 0}, {"out": 0}],
+        [{"sequences": 0}],
+    ),
+    "scan_topk": (
+        {key: OUTPUT[key] for key in ("workspace", "workspace_bytes", "device", "stream")}
+        | {"values": 64, "indices": 64, "queries": 64, "part_stride": 0, "ld_queries": 8, "rows": 64, "ld_rows": 8}
+        | {"scale": 0, "count": 2, "n": 9, "d": 8, "bits": 64, "k": 3, "format": 0, "parts": 1},
+        [{"count": -1}, {"k": 10}, {"ld_rows": 7}, {"values": 0}, {"workspace_bytes": 8}, {"parts": 0}],
+        [{"count": 0}, {"k": 0}],
+    ),
+    "project_gradients": (
+        {key: value for key, value in OUTPUT.items() if key != "ld_out"}
+        | {"row_scale": 0, "g": 64, "ld_g": 4, "a": 64, "ld_a": 5, "offsets": 64, "rows": 9, "sequences": 2, "d_out": 4}
+        | {"d_in": 5, "p_g": 0, "ld_p_g": 0, "p_a": 0, "ld_p_a": 0, "k_g": 3, "k_a": 2, "stream_g": 1, "stream_a": 2}
+        | {"distribution": 0, "epilogue": 0},
+        [{"k_g": 0}, {"ld_a": 4}, {"epilogue": 2}, {"epilogue": 4}, {"workspace": 0}, {"p_g": 64, "ld_p_g": 2}],
+        [{"sequences": 0}],
+    ),
+}
+
+
+@pytest.mark.parametrize("op", LAUNCHES)
+def test_launchers_refuse_before_they_touch_the_device(op):
+    if not hasattr(_C, "cuda_scan_topk"):
+        assert not _C.build_config()["cuda"]
+        return
+    valid, wrong, empty = LAUNCHES[op]
+    launch = getattr(_C, f"cuda_{op}")
+    for change in wrong:
+        assert _C.error_name(launch(**{**valid, **change})) == "invalid argument", change
+    for change in empty:
+        assert launch(**{**valid, **change}) == 0
+    unknown = {"format": 9} if op == "scan_topk" else {"dtype": _C.DTYPES["float64"]}
+    assert _C.error_name(launch(**{**valid, **unknown})) == "unsupported dtype"
+    if not torch.cuda.is_available():
+        assert launch(**valid) > 0  # a CUDA error code, not a crash
+
+
+def test_limits_of_the_launchers():
+    if not hasattr(_C, "cuda_scan_topk"):
+        return
+    scan, project = LAUNCHES["scan_topk"][0], LAUNCHES["project_gradients"][0]
+    for launch, arguments in (
+        (_C.cuda_scan_topk, {**scan, "n": 10**6, "k": 513}),
+        (_C.cuda_scan_topk, {**scan, "n": 1 << 32}),
+        (_C.cuda_scan_topk, {**scan, "d": 1 << 18, "ld_rows": 1 << 18, "ld_queries": 1 << 18, "format": 1}),
+        (_C.cuda_project_gradients, {**project, "k_g": 129}),
+    ):
+        assert _C.error_name(launch(**arguments)).startswith("unsupported shape")
 
 
 def test_launcher_refuses_before_it_touches_the_device():

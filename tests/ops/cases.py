@@ -154,6 +154,10 @@ def _sparse(x: Layer, dtype: torch.dtype) -> list[Tensor]:
     return [_op("sparse_projection")(v, k, 3, nnz) for v in (x.a, x.g.T) for k, nnz in ((1, 1), (16, 3))]
 
 
+def _sparse_factors(x: Layer, dtype: torch.dtype) -> list[Tensor]:
+    return [_op("sparse_projection_factors")(x.g, x.a, x.offsets, k, 3, nnz) for k, nnz in ((900, 1), (4000, 2))]
+
+
 CASES: dict[str, Callable[[Layer, torch.dtype], list[Tensor]]] = {
     "accumulate_covariance": _covariance,
     "accumulate_squared_gradients": _squared,
@@ -165,6 +169,7 @@ CASES: dict[str, Callable[[Layer, torch.dtype], list[Tensor]]] = {
     "project_gradients": _project,
     "random_projection": _random,
     "sparse_projection": _sparse,
+    "sparse_projection_factors": _sparse_factors,
 }
 """precondition_low_rank and scan_topk are judged by what they promise, in their own tests."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -102,6 +104,13 @@ def test_coordinate_masks():
     assert torch.equal(ops.select_coordinates(x.a, columns), x.a[:, columns])
 
 
+def test_sparse_projection_of_factors_is_that_of_the_gradients():
+    x = layer("odd", torch.float64)
+    dense = torch.stack([x.g[i:j].T @ x.a[i:j] for i, j in itertools.pairwise(x.offsets.tolist())])
+    expected = ops.sparse_projection(dense.flatten(1), 50, 3, 2)
+    assert torch.allclose(ops.sparse_projection_factors(x.g, x.a, x.offsets, k=50, seed=3, nnz=2), expected)
+
+
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_scan_of_signs(backend):
     """Many equal scores: the lower index wins, however the rows are cut, and padding bits never count."""
@@ -185,6 +194,7 @@ def test_bad_arguments():
         lambda: ops.project_gradients(g, a, P_g=torch.ones(5, 2), k_a=2),
         lambda: ops.random_projection(g, 0),
         lambda: ops.sparse_projection(g, 2, nnz=0),
+        lambda: ops.sparse_projection_factors(g, a),
         lambda: ops.scan_topk(g, a, 2),
         lambda: ops.scan_topk(g, g, 2, "int8"),
         lambda: ops.scan_topk(g, g, 2, "float8"),

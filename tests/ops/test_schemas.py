@@ -33,6 +33,7 @@ ARGUMENTS = {
     ],
     "random_projection": [(X.a, 7), (X.a, 7, 1, "normal")],
     "sparse_projection": [(X.a, 7, 0, 2)],
+    "sparse_projection_factors": [(X.g, X.a, X.offsets, 7, 0, 2)],
     "scan_topk": [(X.a, Y.a, 3), (X.a[:, :20], ROWS_SIGNS, 3, "1bit")],
 }
 

@@ -64,4 +64,33 @@ struct ChunkCursor {
   }
 };
 
+// Packed sequences cut into pieces of at most `size` rows, every piece with a number of its own that depends on offsets
+// alone: sequence b has the numbers first_piece(b) .. first_piece(b) + ceil(length / size), all below rows / size + the
+// number of sequences. A few numbers stay unused.
+PYINF_HOST_DEVICE std::int64_t first_piece(const std::int64_t* offsets, std::int64_t sequence, std::int64_t size) {
+  return (offsets[sequence] - offsets[0]) / size + sequence;
+}
+
+struct Piece {
+  std::int64_t sequence;
+  std::int64_t row;
+  std::int64_t count;  // 0: nobody's number
+};
+
+PYINF_HOST_DEVICE Piece find_piece(const std::int64_t* offsets, std::int64_t sequences, std::int64_t number,
+                                   std::int64_t size) {
+  std::int64_t low = 0, high = sequences - 1;  // the last sequence whose first piece is not beyond `number`
+  while (low < high) {
+    const std::int64_t middle = (low + high + 1) / 2;
+    if (first_piece(offsets, middle, size) <= number) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  const std::int64_t row = offsets[low] + (number - first_piece(offsets, low, size)) * size;
+  const std::int64_t left = offsets[low + 1] - row;
+  return {low, row, left < 0 ? 0 : left < size ? left : size};
+}
+
 }  // namespace pyinf

@@ -1,4 +1,4 @@
-// Tensor-core instructions on registers, and how their operands come from shared memory: mma.sync, which every
+// Tensor-core instructions on registers, and how their operands come into and from shared memory: mma.sync, which every
 // architecture from sm_80 on has (wgmma of sm_90a is not used). Lane l of a warp has g = l / 4 and t = l % 4.
 //
 // A (16 × 32 bytes): register r holds the 4 bytes at row g + 8 (r % 2), byte 4t + 16 (r / 2).
@@ -45,6 +45,20 @@ __device__ __forceinline__ void mma_bits(std::int32_t (&c)[4], const std::uint32
 }
 
 #undef PYINF_MMA
+
+// Starts a copy of kSize bytes (4 or 16, both sides aligned to it) of which the first `count` are read and the rest
+// become zero. As __pipeline_memcpy_async, which branches over every possible count. The whole 128 bytes around a
+// 16-byte piece are fetched into the L2 cache: the next stage reads on from there.
+template <int kSize>
+__device__ __forceinline__ void copy_async(void* to, const void* from, int count) {
+  static_assert(kSize == 4 || kSize == 16);
+  const auto at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  if constexpr (kSize == 16) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(count) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(at), "l"(from), "r"(count) : "memory");
+  }
+}
 
 // Four 8 × 16-byte blocks of shared memory; lane l gives the address of row l % 8 of block l / 8 (16-byte aligned).
 // Register r of lane l gets the 4 bytes of row g at 4t of block r.

@@ -2,6 +2,7 @@
 // pyinf/ops/philox.py is the same in PyTorch and says what the counter holds; tests compare the two bit for bit.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #if defined(__CUDACC__)
@@ -42,6 +43,49 @@ static PYINF_HOST_DEVICE Philox4 philox_signs(std::uint64_t seed, std::uint32_t 
                                               std::uint32_t block) {
   return philox4x32(block, static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(i >> 32), stream,
                     static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32));
+}
+
+struct Normal4 {
+  float v[4];
+};
+
+// Elements (i, 4·block .. 4·block + 3) of the normal matrix, by Box–Muller in float32: within 1e-6 of the float64
+// values.
+static PYINF_HOST_DEVICE Normal4 philox_normals(std::uint64_t seed, std::uint32_t stream, std::uint64_t i,
+                                                std::uint32_t block) {
+  constexpr float kUnit = 1.0f / 4294967296.0f;
+  const Philox4 out = philox_signs(seed, stream | kNormalBit, i, block);
+  Normal4 normal;
+  for (int pair = 0; pair < 2; ++pair) {
+    const std::uint32_t u = out.w[2 * pair];
+    // Near 1 the logarithm is taken of what is missing to 1, which float32 holds exactly there.
+    const float log_u = u < 0x80000000u ? logf(static_cast<float>(u + 1) * kUnit)
+                                        : log1pf(-static_cast<float>(0xFFFFFFFFu - u) * kUnit);
+    const float radius = sqrtf(-2.0f * log_u);
+    const float half_turns = static_cast<float>(static_cast<std::int32_t>(out.w[2 * pair + 1])) * (2.0f * kUnit);
+    float sine, cosine;
+#ifdef __CUDA_ARCH__
+    sincospif(half_turns, &sine, &cosine);
+#else
+    sine = static_cast<float>(std::sin(3.14159265358979323846 * half_turns));
+    cosine = static_cast<float>(std::cos(3.14159265358979323846 * half_turns));
+#endif
+    normal.v[2 * pair] = radius * cosine;
+    normal.v[2 * pair + 1] = radius * sine;
+  }
+  return normal;
+}
+
+struct SparseEntry {
+  std::uint32_t bucket;
+  bool negative;
+};
+
+// The s-th non-zero of input coordinate i among k buckets.
+static PYINF_HOST_DEVICE SparseEntry philox_sparse(std::uint64_t seed, std::uint32_t stream, std::uint64_t i,
+                                                   std::uint32_t s, std::uint32_t k) {
+  const Philox4 out = philox_signs(seed, stream | kSparseBit, i, s);
+  return {static_cast<std::uint32_t>((static_cast<std::uint64_t>(out.w[0]) * k) >> 32), (out.w[1] & 1u) != 0};
 }
 
 }  // namespace pyinf

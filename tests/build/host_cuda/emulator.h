@@ -1,5 +1,5 @@
 // A CUDA block on the host: every thread is a fiber, so that barriers are cheap, runs can be repeated, and the order in
-// which threads reach a barrier can be turned round (a missing barrier then gives another result). A barrier that some
+// which threads and warps run can be turned round (a missing barrier then gives another result). A barrier that some
 // threads never reach is reported. Enough to run the device headers of csrc/ as they stand and look at their numbers
 // without a GPU. Asynchronous copies land as late as the kernel's waits allow, so a wait that is missing or too weak
 // shows up as poison in the result.
@@ -115,19 +115,26 @@ inline void run_block(int threads) {
     fiber.open.clear();
     fiber.batches.clear();
   }
+  // One warp runs as far as it can before the next one starts: what a missing barrier would let it read is not there.
+  const int warps = (threads + 31) / 32;
   for (int left = threads; left;) {
     bool moved = false;
-    for (int n = 0; n < threads; ++n) {
-      const int t = backwards ? threads - 1 - n : n;
-      Fiber& fiber = fibers[t];
-      if (fiber.done || (fiber.waits && fiber.waits->generation == fiber.generation)) continue;
-      fiber.waits = nullptr;
-      current = &fiber;
-      threadIdx.x = static_cast<unsigned>(t);
-      swapcontext(&scheduler, &fiber.context);
-      left -= fiber.done;
-      moved = true;
-    }
+    for (int n = 0; n < warps; ++n)
+      for (bool again = true; again;) {
+        again = false;
+        for (int l = 0; l < 32; ++l) {
+          const int t = backwards ? (warps - 1 - n) * 32 + 31 - l : n * 32 + l;
+          if (t >= threads) continue;
+          Fiber& fiber = fibers[t];
+          if (fiber.done || (fiber.waits && fiber.waits->generation == fiber.generation)) continue;
+          fiber.waits = nullptr;
+          current = &fiber;
+          threadIdx.x = static_cast<unsigned>(t);
+          swapcontext(&scheduler, &fiber.context);
+          left -= fiber.done;
+          moved = again = true;
+        }
+      }
     if (!moved) {
       std::printf("WRONG: %d threads wait at a barrier that the others never reach\n", left);
       std::exit(3);

@@ -76,6 +76,11 @@ void load(std::uint32_t (&r)[4], const void* row, Read read) {
 }
 }  // namespace emulated
 
+template <int kSize>
+void copy_async(void* to, const void* from, int count) {
+  __pipeline_memcpy_async(to, from, kSize, kSize - count);
+}
+
 inline void load_blocks(std::uint32_t (&r)[4], const void* row) {
   emulated::load(r, row, [](const void** rows, int g, int t) {
     std::uint32_t word;
