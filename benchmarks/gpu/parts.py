@@ -193,7 +193,7 @@ PARTS: dict[str, Part] = {
     part.name: part
     for part in (
         Part(
-            "build", 110, "compile pyinf._C for this card's architecture only", "nvcc, a C++ compiler, ninja, pybind11"
+            "build", 100, "compile pyinf._C for this card's architecture only", "nvcc, a C++ compiler, ninja, pybind11"
         ),
         Part(
             "environment",
@@ -227,7 +227,7 @@ PARTS: dict[str, Part] = {
         ),
         Part(
             "sanitizer",
-            70,
+            65,
             "compute-sanitizer memcheck, synccheck and racecheck on small shapes, with a planted error as control",
             "compute-sanitizer on the PATH (skipped, and said so, where it is not)",
             limit=60,
@@ -237,7 +237,7 @@ PARTS: dict[str, Part] = {
         ),
         Part(
             "end_to_end",
-            80,
+            75,
             "fit and score on random Llamas of 160M and 1B parameters, stage by stage, torch against auto",
             "transformers",
             limit=45,

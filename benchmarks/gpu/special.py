@@ -91,13 +91,17 @@ def _floating(args: tuple[Any, ...]) -> list[Tensor]:
     return [x for x in args if isinstance(x, Tensor) and x.is_floating_point()]
 
 
+def has_streams(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def side_stream(op: str, backend: str, dtype: str, device: torch.device) -> str:
     """The inputs are NaN until the side stream, after a long wait, fills them: work on any other stream reads NaN."""
     args = _make(op, dtype, device)
     reason = supports(op, backend, args)
     if reason is not None:
         return f"not taken: {reason}"
-    if device.type != "cuda":
+    if not has_streams(device):
         return "not run: no streams on a CPU"
     real = [x.clone() for x in _floating(args)]
     stream = torch.cuda.Stream(device)
@@ -132,7 +136,7 @@ def graph(op: str, backend: str, dtype: str, device: torch.device) -> str:
     reason = supports(op, backend, _make(op, dtype, device))
     if reason is not None:
         return f"not taken: {reason}"
-    if device.type != "cuda":
+    if not has_streams(device):
         return "not run: no graphs on a CPU"
     try:
         return _replayed(op, backend, dtype, device, "device offsets")

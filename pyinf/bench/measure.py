@@ -150,6 +150,8 @@ def measure(
     it was made already, and says so in the note.
     """
     op, shape, device = OPS[target.op], target.shape, clock.device
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     dtype, mode = DTYPES[target.dtype]
     sets = [op.make(Inputs(dtype, device, seed=0), shape, target.variant)]
     size = input_bytes(sets[0])
