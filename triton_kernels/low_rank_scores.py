@@ -153,7 +153,6 @@ CONFIGS: Mapping[str, Mapping[str, Config]] = {
         "half": _tile(128, 128, 64, 8, 3),
         "half_parts": _tile(64, 128, 64, 8, 3),
         "half_small": _tile(64, 64, 64, 4, 4),
-        "half_shared": _tile(64, 64, 64, 8, 3),
     },
     "sm_90": {
         **_SMALL_SHARED,
