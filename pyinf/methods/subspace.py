@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,7 +26,16 @@ from pyinf.score import QueryBlock
 from pyinf.solve import GGNOperator, Layout
 from pyinf.tasks import Task
 
-__all__ = ["SubspaceRun", "draw_sets"]
+__all__ = ["SubspaceRun", "content_of", "draw_sets"]
+
+
+def content_of(data: PreparedExamples) -> str:
+    """A digest of what a dataset holds, the same for every preparation of it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for ids, labels, mask in zip(data.input_ids, data.labels, data.masks, strict=True):
+        for part in (ids, labels, mask):
+            digest.update(b"-" if part is None else part.numpy().tobytes() + b"|")
+    return digest.hexdigest()
 
 
 def draw_sets(
@@ -57,17 +67,21 @@ def draw_sets(
 class SubspaceRun(SolvedRun):
     """A run whose query gradients go through EK-FAC and a Newton step in the span of sampled training gradients.
 
-    The gradients are those of the training set that is scored, with the fit's labels (sampled or the data's); the step
-    is fitted once a damping and kept.
+    The gradients are those of the training set that was fitted on (of the one that is scored, where factors were
+    loaded), with the fit's labels (sampled or the data's); the step is fitted once a damping and kept.
     """
 
     _fitted: dict[Any, SubspaceInverse] = field(default_factory=dict)
+    _fitted_under: Factors | None = None
 
     def inverse(
         self, train: PreparedExamples, factors: Factors, dampings: dict[str, float], plan: Plan
     ) -> SubspaceInverse:
         """The inverse at some damping, fitted when first asked for."""
-        key = (id(train), id(factors), tuple(dampings.values()))
+        if self._fitted_under is not factors:
+            self._fitted, self._fitted_under = {}, factors
+        content = content_of(train)
+        key = (content, tuple(dampings.values()))
         if key in self._fitted:
             return self._fitted[key]
         started = time.perf_counter()
@@ -93,7 +107,7 @@ class SubspaceRun(SolvedRun):
                 options["subspace_complement"],
                 product,
             )
-        self._fitted = {k: v for k, v in self._fitted.items() if k[:2] == key[:2]} | {key: found}
+        self._fitted = {k: v for k, v in self._fitted.items() if k[0] == content} | {key: found}
         self._add_time("subspace", started)
         return found
 
@@ -149,7 +163,8 @@ class SubspaceRun(SolvedRun):
     ) -> Tensor:
         """Self-influence ``⟨H⁻¹G_i, G_i⟩`` of every training example, ``[N]``."""
         assert factors is not None
-        inverse = self.inverse(train, factors, dampings, plan)
+        fitted_on = getattr(self, "fit_data", None)
+        inverse = self.inverse(train if fitted_on is None else fitted_on, factors, dampings, plan)
         out = torch.zeros(len(train), dtype=torch.float64)
         free = max(0, plan.memory_budget - sum(plan.memory.values()))
         for part in self.batches(train, plan, scored_only=True):

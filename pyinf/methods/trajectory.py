@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pyinf.data.checkpoints import TensorSource, checkpoint_weights, layer_matri
 from pyinf.errors import ConfigError
 from pyinf.methods.gradient import GradientRun, ScoreRequest
 from pyinf.methods.solved import SolvedRun, query_block
+from pyinf.methods.subspace import content_of
 from pyinf.plan import Plan
 from pyinf.score import QueryBlock, TopKSink
 from pyinf.score.weighted import WeightedNorms
@@ -57,8 +58,7 @@ class TrajectoryRun(SolvedRun):
 
     certifies = False
     _number: int = 0
-    _segments: tuple[int, list[Segment]] | None = None
-    _data: PreparedExamples | None = field(default=None, repr=False)
+    _segments: tuple[str, list[Segment]] | None = None
 
     @property
     def checkpoints(self) -> list[TensorSource | None]:
@@ -167,7 +167,8 @@ class TrajectoryRun(SolvedRun):
     # -- segments ------------------------------------------------------------------------------------------------------
 
     def _fit_segments(self, train: PreparedExamples, plan: Plan) -> None:
-        if self._segments is not None and self._segments[0] == id(train):
+        content = content_of(train)
+        if self._segments is not None and self._segments[0] == content:
             return
         count = len(self.checkpoints)
         each = count // (self.options["segments"] or count)
@@ -180,7 +181,7 @@ class TrajectoryRun(SolvedRun):
             members = range(first, first + each)
             x = scale * sum(rates[i] * steps[i] for i in members)
             segments.append(self._fit_segment(train, plan, list(members), x))
-        self._segments, self._data = (id(train), segments), train
+        self._segments = content, segments
 
     def _fit_segment(self, train: PreparedExamples, plan: Plan, members: list[int], x: float) -> Segment:
         moments = self._per_checkpoint("second_moments", None)

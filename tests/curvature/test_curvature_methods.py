@@ -118,6 +118,23 @@ def test_subspace_through_the_public_call(case):
     assert oracle.error(both[1.0].values, both[0.1].values) > 1e-2
 
 
+def test_the_subspace_is_fitted_once_for_the_same_data(case, monkeypatch):
+    calls = []
+    from pyinf.methods import subspace
+
+    real = subspace.fit_subspace
+    monkeypatch.setattr(subspace, "fit_subspace", lambda *a: calls.append(1) or real(*a))
+    found = attributor(case, "ekfac_subspace", subspace_gradients=4, subspace_shrinkage=0).fit(case.train)
+    first = found.score(case.queries, case.train).values
+    again = found.score(case.queries, list(case.train)).values
+    assert len(calls) == 1 and torch.equal(first, again)
+    other = [*case.train[:-1], {"input_ids": [3, 1, 4]}]
+    found._run.fit_data = None  # as after load_factors: the gradients are those of the data scored
+    assert oracle.error(found.score(case.queries, other).values[:, :-1], first[:, :-1]) > 1e-6 and len(calls) == 2
+    found.fit(case.train).score(case.queries, case.train)
+    assert len(calls) == 3
+
+
 def test_subspace_draws_and_sampled_labels_repeat(case):
     options = dict(modules=LAYERS, subspace_gradients=4, eigensolver="fp64", seed=3)
     first, second = (
