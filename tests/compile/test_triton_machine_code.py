@@ -1,4 +1,7 @@
-"""Every Triton kernel × configuration × architecture compiled ahead of time, its machine code held to its claims."""
+"""Every Triton kernel × configuration compiled ahead of time for sm_80 and sm_90, its machine code held to its claims.
+
+The table also holds sm_86, which `python -m benchmarks.compile_table` compiles: here it would cost a third of the time.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import pytest
 
 from benchmarks import compile_table
 
-CASES = list(compile_table.triton_cases())
+CASES = list(compile_table.triton_cases(["sm_80", "sm_90"]))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.module}-{c.name}-{c.arch}")
@@ -18,5 +21,5 @@ def test_machine_code(case):
 
 def test_the_table_holds_nothing_else():
     _, lines = compile_table.read_table("triton")
-    have = {(case.module, case.name, case.launch.kernel.__name__, case.arch) for case in CASES}
+    have = {(case.module, case.name, case.launch.kernel.__name__, case.arch) for case in compile_table.triton_cases()}
     assert set(lines) - have == set()
