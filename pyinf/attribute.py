@@ -46,6 +46,9 @@ _OPTIONS = {
 }
 
 
+_SOLVER_ROWS = 8  # dense rows a query that a solver holds at once
+
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -201,6 +204,7 @@ class Attributor:
             fitted=self.factors is not None,
             query_rank=self.query_rank,
             dampings=dampings,
+            solver_rows=_SOLVER_ROWS if self._run.solver is not None else 0,
             memory_budget=parse_bytes(self.options["memory_budget"]),
             cache=self.options["cache"],
             keep_for_scores=self._keep_captured,
@@ -233,8 +237,11 @@ class Attributor:
         return self._fit(data, self._make_plan(data, None, batch_size))
 
     @_at_home
-    def run(self, train: Any, queries: Any, batch_size: int | None = None) -> Scores:
+    def run(self, train: Any, queries: Any, batch_size: int | None = None, tol: float | None = None) -> Scores:
         """:meth:`fit` and :meth:`score` planned together, so that what the layers see may be captured once for both."""
+        if tol is not None and self.method.kind == "gradient":
+            with self._run.refined(tol):
+                return self.run(train, queries, batch_size)
         if self.method.kind != "gradient":
             return self.score(queries, train, batch_size)
         self._keep_captured = self.fisher == "empirical"
@@ -258,7 +265,9 @@ class Attributor:
                 self.load_factors(home / "factors")
                 progress.note(f"factors found in {home / 'factors'}; not fitted again")
                 shutil.rmtree(home / "state", ignore_errors=True)
+                self._run.fit_data = data
                 return self
+        self._run.fit_data = data
         with self._backend():
             factors = self._run.fit(
                 data,
@@ -307,6 +316,7 @@ class Attributor:
             )
         if factors.meta.get("model") not in (None, self._model_fingerprint()):
             raise ArtifactError(f"{directory} was fitted on another model (its weights differ); fit again for this one")
+        self._run.fit_data = None
         self._run.groups.of_layer = {name: layer.group for name, layer in factors.layers.items()}
         self.factors = factors
         return self
@@ -453,6 +463,16 @@ class Attributor:
             return self._run.self_score(data, self.factors, dampings, plan)
 
     # -- helpers -------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def uncertified(self) -> Iterator[None]:
+        """Inside, scores are made without certificates: for parts of scores that have theirs."""
+        kept = self.options["certify"]
+        self.options["certify"] = False
+        try:
+            yield
+        finally:
+            self.options["certify"] = kept
 
     @contextlib.contextmanager
     def _placed(self) -> Iterator[None]:

@@ -193,6 +193,7 @@ def make_plan(
     fitted: bool,
     query_rank: Any,
     dampings: int,
+    solver_rows: int = 0,
     memory_budget: int | None,
     cache: str,
     keep_for_scores: bool,
@@ -233,7 +234,8 @@ def make_plan(
     rank_cost = parameters
     if isinstance(query_rank, int):
         rank_cost = sum(min(query_rank, o, i) * (o + i) for o, i in sizes)
-    per_query = wide * rank_cost * max(1, dampings)
+    # A solver works on dense rows: right-hand side, iterate, residual, directions and their products.
+    per_query = wide * (rank_cost * max(1, dampings) + solver_rows * parameters)
     plan = Plan(
         layers=len(selection.layers),
         traced_parameters=selection.traced_parameters,

@@ -125,6 +125,37 @@ def eigensolvers() -> str:
     return _table(["`eigensolver`", "what it is"], [[f"`{name}`", text] for name, text in EIGENSOLVERS.items()])
 
 
+def method_options() -> str:
+    """The options that methods have of their own."""
+    from pyinf.methods import METHODS
+
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for method in METHODS.values():
+        for name, option in method.options.items():
+            rows.setdefault((name, str(option.default), option.help), []).append(f"`{method.name}`")
+    body = [[f"`{n}`", f"`{d}`", text, ", ".join(methods)] for (n, d, text), methods in rows.items()]
+    return _table(["option", "default", "what it is", "methods"], body)
+
+
+def measured_block_cg() -> str:
+    """The committed measurement of block conjugate gradients."""
+    import json
+
+    path = ROOT / "benchmarks" / "results" / "solve" / "block_cg.json"
+    if not path.is_file():
+        return "*not measured: benchmarks/results/solve/block_cg.json is not there*"
+    data = json.loads(path.read_text())
+    names = ["solver", "queries", "products", "iterations", "solved", "seconds"]
+    body = [[str(row[n]) for n in names] for row in data["rows"]]
+    text = (
+        f"{data['model']}, {data['train']} training sequences ({data['tokens']:,} tokens), damping {data['damping']}, "
+        f"to a true relative residual of {data['tol']}, {data['dtype']}, threads: {data['threads']}, torch "
+        f"{data['torch']}. `ekfac_cg` takes {data['products_ratio']:.2f} of the products of plain CG, and "
+        f"{data['queries']} queries at once take {data['seconds_ratio']:.2f} of the time of one at a time."
+    )
+    return f"{_table(names, body)}\n\n{text}"
+
+
 def measured_eigensolvers() -> str:
     """The committed measurement of the eigensolvers."""
     import csv
@@ -188,6 +219,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "commands": commands,
     "exit-codes": exit_codes,
     "methods": methods,
+    "method-options": method_options,
+    "measured-block-cg": measured_block_cg,
     "eigensolvers": eigensolvers,
     "measured-eigensolvers": measured_eigensolvers,
     "ops": ops,

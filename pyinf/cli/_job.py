@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pyinf.curvature import EIGENSOLVERS, check_damping
 from pyinf.data import Examples, load_examples, load_model, load_tokenizer, model_limits
 from pyinf.data.models import resolve_device
 from pyinf.errors import ConfigError
+from pyinf.methods.options import settle
 from pyinf.plan import parse_bytes
 from pyinf.score import Scores, parse_rank
 
@@ -70,6 +72,10 @@ class Job:
         for key in ("memory_budget", "token_budget", "query_rank"):
             if options.get(key) is not None:
                 extra[key] = options[key]
+        if method.kind == "gradient":
+            extra |= _method_options(options)
+            if options.get("certify") is not None:
+                extra["certify"] = options["certify"]
         attributor = pyinf.Attributor(
             model,
             method=options["method"],
@@ -97,7 +103,17 @@ class Job:
     def _claim(self) -> None:
         """Refuse a folder that holds another run; write the configuration beside the output."""
         names = ["method", "modules", "damping", "damping_mode", "fisher", "seed", "query_rank", "eigensolver"]
-        names += ["granularity", "per_module", "only_top", "fit_dir", "batch_size", "token_budget"]
+        names += [
+            "granularity",
+            "per_module",
+            "only_top",
+            "fit_dir",
+            "batch_size",
+            "token_budget",
+            "tol",
+            "method_option",
+            "certify",
+        ]
         run: dict[str, Any] = {
             "command": self.command,
             "options": {k: self.options[k] for k in names if k in self.options},
@@ -146,7 +162,9 @@ class Job:
         k = self.options["topk"]
         top = scores.topk(k)
         bottom = scores.bottomk(k) if scores.values is not None else None
-        self._show(top, bottom)
+        self._show(top, bottom, scores.certificate)
+        if scores.certificate:
+            self.screen.result(f"certificates  {_verdicts(scores.certificate)}")
         self.screen.result(f"scores  {self.out / 'scores'}")
         if self.page is not None:
             self.screen.result(f"report  {self.page}")
@@ -157,6 +175,7 @@ class Job:
             "train": len(self.train),
             "top": _listed(top),
             "bottom": None if bottom is None else _listed(bottom),
+            "certificate": scores.certificate,
         }
         self.summarise(summary)
 
@@ -175,7 +194,7 @@ class Job:
         if self.screen.json_output:
             print(json.dumps(summary, ensure_ascii=True))
 
-    def _show(self, top: Any, bottom: Any) -> None:
+    def _show(self, top: Any, bottom: Any, certificate: list[dict[str, Any]] | None) -> None:
         assert self.queries is not None
         shown = min(self.options.get("show", 3), len(self.queries))
         for q in range(shown):
@@ -185,6 +204,8 @@ class Job:
                 pairs = list(zip(bottom[0][q], bottom[1][q], strict=True))
                 rows += [self._row("-", int(i), float(v)) for v, i in reversed(pairs) if int(i) not in used]
             self.screen.examples(f"query {q}: {self.queries.text(q)}", rows)
+            if certificate:
+                self.screen.result(f"  certificate: {certificate[q]['verdict']} ({certificate[q]['reason']})\n")
         if shown < len(self.queries):
             self.screen.result(f"… and {len(self.queries) - shown} more queries (--show)")
 
@@ -216,7 +237,12 @@ class Job:
 
 def _check_options(options: dict[str, Any]) -> None:
     """What can be refused before a model is loaded."""
-    _methods.get(options["method"])
+    method = _methods.get(options["method"])
+    own = _method_options(options)
+    if method.kind == "gradient":
+        settle(method.name, method.options, {}, own)
+    elif own:
+        raise ConfigError(f"method '{method.name}' has no options of its own")
     check_damping(options["damping"], options["damping_mode"])
     if options["fisher"] not in ("sampled", "empirical"):
         raise ConfigError(f"unknown fisher {options['fisher']!r}; use sampled or empirical")
@@ -232,6 +258,23 @@ def _check_options(options: dict[str, Any]) -> None:
     _fields(options)
     if options.get("granularity", "sequence") not in ("sequence", "token"):
         raise ConfigError(f"unknown granularity {options['granularity']!r}; use sequence or token")
+
+
+def _method_options(options: dict[str, Any]) -> dict[str, Any]:
+    """``--method-option name=value``; the method checks them."""
+    found: dict[str, Any] = {}
+    for item in options.get("method_option") or ():
+        name, sign, value = item.partition("=")
+        if not sign or not name.strip():
+            raise ConfigError(f"--method-option {item!r} is not of the form name=value")
+        found[name.strip().replace("-", "_")] = None if value.strip().lower() == "none" else value.strip()
+    return found
+
+
+def _verdicts(certificate: list[dict[str, Any]]) -> str:
+    """How many queries have which verdict."""
+    counts = Counter(entry["verdict"] for entry in certificate)
+    return ", ".join(f"{n} {word}" for word, n in counts.most_common())
 
 
 def _rank(text: Any) -> int | float:

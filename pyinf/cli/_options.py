@@ -128,6 +128,25 @@ Fisher = Annotated[str, _option("--fisher", help="sampled labels, or the data's 
 QueryRank = Annotated[
     str | None, _option("--query-rank", help="Dense if not given; a rank; or a captured energy (0.99).", panel=_METHOD)
 ]
+MethodOption = Annotated[
+    list[str] | None,
+    _option(
+        "--method-option",
+        help="An option of the method's own, name=value: max_iterations=50; several times.",
+        panel=_METHOD,
+    ),
+]
+Tol = Annotated[
+    float | None, _option("--tol", help="Refine until residual and error bound are at most this.", panel=_METHOD)
+]
+Certify = Annotated[
+    bool | None,
+    _option(
+        "--certify/--no-certify",
+        help="Measure certificates; default: where it costs no more than a tenth of the run.",
+        panel=_METHOD,
+    ),
+]
 Eigensolver = Annotated[str, _option("--eigensolver", help="How eigenbases are computed.", panel=_METHOD)]
 Seed = Annotated[int, _option("--seed", help="Seed of everything drawn.", panel=_METHOD)]
 

@@ -40,6 +40,9 @@ def attribute(
     fisher: o.Fisher = "sampled",
     query_rank: o.QueryRank = None,
     eigensolver: o.Eigensolver = "auto",
+    method_option: o.MethodOption = None,
+    tol: o.Tol = None,
+    certify: o.Certify = None,
     seed: o.Seed = 0,
     batch_size: o.BatchSize = None,
     token_budget: o.TokenBudget = None,
@@ -59,6 +62,6 @@ def attribute(
         job = Job.prepare(ctx, screen)
         scores = job.finished_scores()
         if scores is None:
-            scores = job.attributor.run(job.train, job.queries, job.batch_size)
+            scores = job.attributor.run(job.train, job.queries, job.batch_size, tol=tol)
         job.save(scores, report)
     job.show(scores)

@@ -38,6 +38,7 @@ def fit(
     damping_mode: o.DampingMode = "relative",
     fisher: o.Fisher = "sampled",
     eigensolver: o.Eigensolver = "auto",
+    method_option: o.MethodOption = None,
     seed: o.Seed = 0,
     batch_size: o.BatchSize = None,
     token_budget: o.TokenBudget = None,

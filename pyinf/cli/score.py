@@ -15,7 +15,7 @@ from pyinf.errors import ConfigError
 
 _FROM_FIT = (
     "model adapter tokenizer revision train field limit train_split max_length truncate prompt_loss separator add_eos "
-    "skip_empty method modules damping damping_mode fisher eigensolver seed dtype batch_size token_budget"
+    "skip_empty method modules damping damping_mode fisher eigensolver seed dtype batch_size token_budget method_option"
 ).split()
 
 
@@ -87,6 +87,9 @@ def score(
     fisher: o.Fisher = "sampled",
     query_rank: o.QueryRank = None,
     eigensolver: o.Eigensolver = "auto",
+    method_option: o.MethodOption = None,
+    tol: o.Tol = None,
+    certify: o.Certify = None,
     seed: o.Seed = 0,
     granularity: Granularity = "sequence",
     per_module: PerModule = False,
@@ -111,7 +114,12 @@ def score(
         job = Job.prepare(ctx, screen)
         scores = job.finished_scores()
         if scores is None:
-            kind = {"granularity": granularity, "per_module": per_module, "topk": topk if only_top else None}
+            kind = {
+                "granularity": granularity,
+                "per_module": per_module,
+                "topk": topk if only_top else None,
+                "tol": tol,
+            }
             scores = job.attributor.score(job.queries, job.train, job.batch_size, **kind)
         job.save(scores, report)
     job.show(scores)

@@ -129,6 +129,9 @@ METHODS: dict[str, Method] = {
                 **_SYSTEM,
                 "max_iterations": _most(200),
                 "block": Option(True, "queries search one shared Krylov space", flag),
+                "preconditioner_damping": Option(
+                    10.0, "damping of the preconditioner, times the mean eigenvalue; at least the system's", number(0)
+                ),
             },
         ),
         Method(

@@ -30,11 +30,10 @@ def count(low: int = 1, none: bool = False) -> Check:
     def check(name: str, value: Any) -> Any:
         if value is None and none:
             return None
-        if isinstance(value, str) and value.strip().lstrip("-").isdigit():
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        found = int(value) if isinstance(value, str) and value.strip().isdigit() else value
+        if isinstance(found, bool) or not isinstance(found, int) or found < low:
             raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {low}")
-        return value
+        return found
 
     return check
 

@@ -48,6 +48,8 @@ __all__ = ["SOLVERS", "Problem", "SolvedRun"]
 _SHARE = 0.1
 _HELD_SEQUENCES, _HELD_TOKENS = 32, 2048
 _KEEP_ROWS = 1 << 28
+_REMEMBER = 1 << 30
+_PRECONDITIONER_DAMPING = 10.0
 
 
 @dataclass
@@ -60,11 +62,13 @@ class SolvedRun(GradientRun):
     options: dict[str, Any] = field(default_factory=dict)
     refine: str | None = None
     damping: tuple[float, str] = (0.1, "relative")
+    fit_data: PreparedExamples | None = None  # what the factors were fitted on; None: curvature of the scored data
     certifies = True  # class attribute: whether one system (C + λ)x = v stands behind the scores
     _train: PreparedExamples | None = None
     _state: Path | None = None
     _certificates: dict[int, list[list[dict[str, Any]]]] = field(default_factory=dict)
     _held: tuple[Any, HeldBatch, Convergence] | None = None
+    _known: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def solver(self) -> str | None:
@@ -102,7 +106,8 @@ class SolvedRun(GradientRun):
         interval: float = 60.0,
     ) -> tuple[Any, dict[str, Any]]:
         """As :meth:`GradientRun.score`; ``facts["certificate"]`` has one entry a damping and query, or is None."""
-        self._train, self._state, self._certificates, self._held = train, state, {}, None
+        self._train = self.fit_data if self.fit_data is not None else train
+        self._state, self._certificates, self._held = state, {}, None
         try:
             result, facts = super().score(queries, train, factors, request, plan, state, interval)
             facts["certificate"] = self._collected(len(queries), len(request.dampings))
@@ -216,6 +221,12 @@ class SolvedRun(GradientRun):
                 def precondition(X: Tensor, damping: float = damping) -> Tensor:
                     return layout.pack(factors.ihvp(layout.unpack(X), damping, damping_mode))
 
+                heavy = self.options.get("preconditioner_damping", _PRECONDITIONER_DAMPING)
+                heavy = max(heavy, damping) if damping_mode == "relative" else heavy
+
+                def smoothed(X: Tensor, heavy: float = heavy) -> Tensor:
+                    return layout.pack(factors.ihvp(layout.unpack(X), heavy, "relative"))
+
                 problem = Problem(
                     V=V,
                     layout=layout,
@@ -230,6 +241,8 @@ class SolvedRun(GradientRun):
                     sequences=sequences,
                     token_budget=plan.token_budget,
                     seed=self.seed,
+                    smoothed=smoothed,
+                    start=self._start(V, (self.solver, id(factors), id(train), damping, damping_mode)),
                 )
                 with progress.stage(f"solving ({self.solver})", V.shape[0], "queries") as running:
                     solution = SOLVERS[self.solver](problem)
@@ -241,8 +254,24 @@ class SolvedRun(GradientRun):
                     raise SolverError(
                         f"method '{self.method.name}' gave numbers that are not finite; raise the damping"
                     )
+                self._remember(V, solution, (self.solver, id(factors), id(train), damping, damping_mode))
                 out.append(solution)
         return out
+
+    def _remember(self, V: Tensor, solution: Solution, key: Any) -> None:
+        """Keep the last solutions: the same queries come again for token and module scores and for the report."""
+        if V.numel() * V.element_size() <= _REMEMBER and key not in self._known:
+            self._known = {k: v for k, v in self._known.items() if k[:3] == key[:3]} | {key: (V, solution.X)}
+
+    def _start(self, V: Tensor, key: Any) -> tuple[Tensor, Tensor] | None:
+        """``(which rows, their solutions)`` for the right-hand sides that were solved before, up to rounding."""
+        if key not in self._known or self.refine is not None:
+            return None
+        old, X = self._known[key]
+        distance = torch.cdist(V.unsqueeze(0), old.unsqueeze(0))[0]
+        nearest = distance.min(dim=1)
+        same = nearest.values <= 1e-3 * V.norm(dim=1)
+        return (same, X[nearest.indices[same]]) if bool(same.any()) else None
 
     def self_score(
         self, train: PreparedExamples, factors: Factors | None, dampings: dict[str, float], plan: Plan
@@ -252,7 +281,7 @@ class SolvedRun(GradientRun):
             return super().self_score(train, factors, dampings, plan)
         assert factors is not None and self.method.solver in SOLVERS
         out = torch.zeros(len(train), dtype=self._score_dtype())
-        self._train = train
+        self._train = self.fit_data if self.fit_data is not None else train
         started = time.perf_counter()
 
         def take(indices: list[int], G: Tensor) -> None:
@@ -417,7 +446,13 @@ class SolvedRun(GradientRun):
         facts: dict[str, Any] = self._facts(
             damping, request, None if certify is False else self._convergence(held), factors
         )
-        if solution.residuals is not None:
+        own = solution.residuals is not None and self.options.get("curvature", "ggn") == "ggn"
+        if not own and certify is not False:
+            try:
+                check_ggn(self.model, self.task)
+            except ConfigError:
+                own = solution.residuals is not None  # no Gauss-Newton matrix to be held to: its own system, then
+        if own and solution.residuals is not None:
             batches, sequences = self.system_batches(self._train, plan)
             counted = self._train.counted
             tokens = sum(counted[i] for b in batches for i in b)
@@ -438,6 +473,9 @@ class SolvedRun(GradientRun):
                 found = entries(measured, str(held), self._tol, facts, range(count))
             except (ConfigError, ModelError) as error:
                 found = _unmeasured(str(error), count)
+            if solution.residuals is not None:
+                for row, entry in enumerate(found):
+                    entry["residual_of_its_own_system"] = float(f"{solution.residuals[row]:.6g}")
         energy = block.captured_energy()
         for row, entry in enumerate(found):
             entry["iterations"] = solution.iterations[row]

@@ -28,7 +28,8 @@ class Problem:
     ``V`` is ``[Q, D]`` in the order of ``layout``; ``curvature`` the operator C of the system, over ``batches`` of
     ``train``; ``damping`` λ ``[D]``; ``precondition`` the factors' own inverse ``[q, D] → [q, D]`` at that damping, and
     ``has_preconditioner`` says whether the method means it to be used; ``rows`` makes the gradients of single
-    sequences.
+    sequences. ``smoothed`` is the factors' inverse at the damping of ``preconditioner_damping``, ``start`` what is
+    known of the solutions.
     """
 
     V: Tensor
@@ -44,6 +45,17 @@ class Problem:
     sequences: int
     token_budget: int | None = None
     seed: int = 0
+    start: tuple[Tensor, Tensor] | None = None
+    smoothed: Callable[[Tensor], Tensor] | None = None
+
+    def warm(self) -> Tensor | None:
+        """Where to start: earlier solutions of the same right-hand sides, or the factors' own inverse, or nothing."""
+        if self.start is None and not self.has_preconditioner:
+            return None
+        X = self.precondition(self.V) if self.has_preconditioner else torch.zeros_like(self.V)
+        if self.start is not None:
+            X[self.start[0]] = self.start[1]
+        return X
 
     @property
     def indices(self) -> list[int]:
@@ -70,8 +82,8 @@ def _cg(problem: Problem) -> Solution:
     return solve(
         A,
         problem.V,
-        problem.precondition if use else None,
-        problem.precondition(problem.V) if use else None,
+        (problem.smoothed or problem.precondition) if use else None,
+        problem.warm(),
         options["tol"],
         options["max_iterations"],
     )

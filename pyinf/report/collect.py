@@ -109,6 +109,23 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)
 
 
+def _certificate(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A certificate as rows: names in words, what has no value left out."""
+    rows = {str(name).replace("_", " "): _plain(value) for name, value in entry.items()}
+    return {name: value for name, value in rows.items() if value is not None}
+
+
+def _certificates(scores: Any, shown: int) -> list[Table]:
+    """One row a query: the verdict and the numbers behind it."""
+    if not scores.certificate:
+        return []
+    names = ("verdict", "relative_residual", "error_bound", "iterations", "captured_energy", "reason")
+    kept = [n for n in names if any(entry.get(n) is not None for entry in scores.certificate[:shown])]
+    rows = [[q, *(_plain(entry.get(n)) for n in kept)] for q, entry in enumerate(scores.certificate[:shown])]
+    note = "How well (C + λ)x = v behind each query's scores was solved, under the exact curvature C."
+    return [Table("Certificates", ["query", *(n.replace("_", " ") for n in kept)], rows, note)]
+
+
 def _versions() -> str:
     import transformers
 
@@ -195,7 +212,7 @@ def collect(
         plan=[(str(a), str(b)) for a, b in rows_of_plan],
         stages=stages,
         facts=[*notes, ("source", str(attributor.method.source)), ("versions", _versions())],
-        tables=list(tables),
+        tables=[*_certificates(scores, shown), *tables],
     )
 
 
@@ -240,8 +257,9 @@ class _Gather:
         by_module: dict[str, Any] = {}
         if self.splits:
             some_queries, some_train = _select(self.queries, list(rows)), _select(self.train, wanted)
-            by_token = self.attributor.score(some_queries, some_train, granularity="token").values.cpu()
-            by_module = self.attributor.score(some_queries, some_train, per_module=True).values
+            with self.attributor.uncertified():
+                by_token = self.attributor.score(some_queries, some_train, granularity="token").values.cpu()
+                by_module = self.attributor.score(some_queries, some_train, per_module=True).values
         out = []
         for n, (q, (top, low)) in enumerate(zip(rows, chosen, strict=True)):
             shares: dict[str, float] = {}
@@ -264,7 +282,7 @@ class _Gather:
                     bottom=[self.example(i, v, len(self.train) - r, parts.get(i)) for r, (i, v) in enumerate(low)],
                     histogram=None if self.total is None else histogram(self.total[q].tolist()),
                     module_shares=shares,
-                    certificate=None if certificate is None else {str(a): _plain(b) for a, b in certificate.items()},
+                    certificate=None if certificate is None else _certificate(certificate),
                     metadata=_metadata(self.queries, q, text),
                 )
             )

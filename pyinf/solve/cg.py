@@ -118,9 +118,15 @@ class _Watch:
 
 
 def _start(A: Operator, V: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Where to start and its residual; ``x0`` is scaled by ``⟨x, v⟩/⟨x, Ax⟩``, the best multiple in the energy norm."""
     if x0 is None:
         return torch.zeros_like(V), V.clone()
-    return x0.clone(), V - A(x0)
+    AX = A(x0)
+    along, energy = (x0 * V).sum(dim=1), (x0 * AX).sum(dim=1)
+    usable = (energy > 0) & (along > 0) & torch.isfinite(energy)
+    scale = torch.where(usable, along / energy.clamp(min=torch.finfo(V.dtype).tiny), torch.zeros_like(along))
+    scale = scale.unsqueeze(1)
+    return scale * x0, V - scale * AX
 
 
 def _damping(A: Operator, bound: bool) -> Tensor | None:
