@@ -1,0 +1,46 @@
+"""The rows of the board: what runs, with which options, and which dampings it may choose from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+FEW = (0.1, 1.0, 10.0)
+MANY = (0.001, 0.01, 0.1, 1.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: ``library`` runs ``method``; one damping in ``dampings`` means that there is none to choose."""
+
+    library: str
+    method: str
+    dampings: tuple[float, ...] = MANY
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def about(self) -> dict[str, Any]:
+        """What the row's files say about it."""
+        return {"library": self.library, "method": self.method, "options": self.options}
+
+
+_CG = {"max_iterations": 5, "tol": 1e-3}
+
+ROWS: dict[str, Row] = {
+    "grad_dot": Row("pyinf", "grad_dot", (0.1,)),
+    "grad_cos": Row("pyinf", "grad_cos", (0.1,)),
+    "bm25": Row("pyinf", "bm25", (0.1,)),
+    "diagonal": Row("pyinf", "diagonal"),
+    "kfac": Row("pyinf", "kfac"),
+    "ekfac": Row("pyinf", "ekfac"),
+    "ec_shampoo": Row("pyinf", "ec_shampoo"),
+    "datainf": Row("pyinf", "datainf"),
+    "ekfac_subspace": Row("pyinf", "ekfac_subspace"),
+    "ekfac_subspace_64": Row("pyinf", "ekfac_subspace", options={"subspace_gradients": 64}),
+    "ekfac_subspace_512": Row("pyinf", "ekfac_subspace", options={"subspace_gradients": 512}),
+    "shampoo2": Row("pyinf", "kfac", options={"approximation": "shampoo2"}),
+    "ekfac_cg": Row("pyinf", "ekfac_cg", FEW, _CG),
+    "ekfac_astra": Row("pyinf", "ekfac_astra", FEW, {"max_iterations": 20}),
+    "kronfluence_ekfac": Row("kronfluence", "ekfac"),
+    "bergson_ekfac": Row("bergson", "ekfac"),
+    "bergson_ekfac_cg": Row("bergson", "ekfac_cg", FEW, {"steps": 5, "documents": 128}),
+}
