@@ -305,8 +305,7 @@ class SolvedRun(GradientRun):
         certify = self.options.get("certify", "auto")
         if certify is True:
             return True, ""
-        # Per query and token: a tangent forward and a backward through the traced weights; per token: two forwards.
-        cost = held.tokens * (8.0 * queries * plan.traced_parameters + 4.0 * plan.total_parameters)
+        cost = held.tokens * _cost(plan, queries)
         share = cost / max(1.0, sum(plan.flops.values()))
         if share <= _SHARE:
             return True, ""
@@ -319,8 +318,7 @@ class SolvedRun(GradientRun):
         assert self._train is not None
         tokens = _HELD_TOKENS
         if self.options.get("certify", "auto") == "auto" and plan.flops:
-            affordable = _SHARE * sum(plan.flops.values()) / (8.0 * max(1, queries) * max(1, plan.traced_parameters))
-            tokens = max(1, min(tokens, int(affordable)))
+            tokens = max(1, min(tokens, int(_SHARE * sum(plan.flops.values()) / _cost(plan, queries))))
         return hold(self._train, _HELD_SEQUENCES, tokens, self.seed)
 
     def _convergence(self, held: HeldBatch) -> Convergence:
@@ -510,6 +508,11 @@ class SolvedRun(GradientRun):
         blocks = [self._certificates[first] for first in sorted(self._certificates)]
         out = [entry for d in range(dampings) for block in blocks for entry in block[d]]
         return out if len(out) == queries * dampings else None
+
+
+def _cost(plan: Plan, queries: int) -> float:
+    """FLOPs of a certificate a token: two forwards, and a tangent forward and a backward a query."""
+    return max(1.0, 8.0 * queries * plan.traced_parameters + 4.0 * plan.total_parameters)
 
 
 @contextmanager
