@@ -13,11 +13,17 @@ from tests.ops.cases import CASES, DTYPES, LAYOUTS, backends, exact, layer, make
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-CEILING = {torch.float64: 1e-13, torch.float32: 3e-6}
+CEILING = {torch.float64: 1e-13, torch.float32: 1e-5}
 # In float64 plain torch is the reference itself and its error is 0, hence the floor. In float32 an op that sums very
 # many terms into very few outputs has an error that is chance in any one run: its floor is what such sums have.
 FLOOR = {torch.float64: 3e-14, torch.float32: 3e-7}
-LONG_SUMS = {"dense_scores": 3e-6, "low_rank_scores": 3e-6, "gradient_dot": 1e-6, "random_projection": 1e-6}
+LONG_SUMS = {
+    "dense_scores": 3e-6,
+    "low_rank_scores": 3e-6,
+    "gradient_dot": 1e-6,
+    "project_gradients": 6e-7,
+    "random_projection": 1e-6,
+}
 PAIRS = [(op, backend) for op in CASES for backend in backends(op)]
 
 
