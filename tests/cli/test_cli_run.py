@@ -138,10 +138,10 @@ def test_json_and_quiet(model_dir, files, tmp_path):
 def test_version_help_and_no_stubs():
     assert ok("--version").stdout == f"pyinf {pyinf.__version__}\n"
     shown = ok("--help").stdout
-    for command in ("attribute", "fit", "score", "report", "doctor", "demo"):
+    for command in ("attribute", "fit", "score", "report", "evaluate", "bench", "doctor", "demo"):
         assert command in shown
         assert ok(command, "--help").exit_code == 0
-    for command in ("store", "study", "evaluate", "bench"):
+    for command in ("store", "study"):
         assert run(command).exit_code == 2
 
 
