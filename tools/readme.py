@@ -193,7 +193,54 @@ def cpu_ops() -> str:
     return markdown(list(rows[0]), [list(r.values()) for r in rows])
 
 
-BLOCKS: dict[str, Callable[[], str]] = {f.__name__: f for f in (demo, methods, peers, floor, eigen, cpu_ops)}
+def board() -> str:
+    """Methods on one bank of retrainings."""
+    rows = rows_of(RESULTS / "board" / "board.csv")
+    if not rows:
+        raise FileNotFoundError(RESULTS / "board" / "board.csv")
+    body = [
+        [
+            f"`{row['name']}`",
+            f"{float(row['lds']):.3f}",
+            f"{float(row['lds_low']):.3f} – {float(row['lds_high']):.3f}",
+            f"{float(row['damping']):g}" if row["damping"] else "–",
+        ]
+        for row in sorted(rows, key=lambda row: -float(row["lds"]))
+    ]
+    return markdown(["method", "LDS", "95 % interval", "damping chosen"], body)
+
+
+def compiled() -> str:
+    """What the ahead-of-time compilers made of the kernels, module by module."""
+    body = []
+    for name in ("triton", "cuda"):
+        path = RESULTS / "compile" / f"{name}.csv"
+        if not path.is_file():
+            raise FileNotFoundError(path)
+        with path.open(newline="") as handle:
+            version = handle.readline().removeprefix("#").strip()
+            lines = list(csv.DictReader(handle))
+        for module in dict.fromkeys(line["module"] for line in lines):
+            own = [line for line in lines if line["module"] == module]
+            cores = sorted({kind for line in own for kind in line["tensor_core_kinds"].split("+") if kind != "none"})
+            body.append(
+                [
+                    f"`{module}`",
+                    version,
+                    str(len(own)),
+                    " ".join(sorted({line["arch"] for line in own})),
+                    str(max(int(line["registers"]) for line in own)),
+                    str(sum(int(line["spill_instructions"]) > 0 for line in own)),
+                    " ".join(cores) or "–",
+                ]
+            )
+    head = ["kernels", "compiler", "compiled", "architectures", "most registers", "with spills", "tensor cores"]
+    return markdown(head, body)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    f.__name__: f for f in (demo, methods, peers, floor, eigen, cpu_ops, board, compiled)
+}
 
 
 def render(text: str) -> str:

@@ -185,7 +185,7 @@ def _tokens(bm: int, bn: int, bk: int, warps: int, stages: int) -> Config:
 _SMALL_SHARED = {
     "half": _sequences(2, 64, 128, 32, 8, 3),
     "half_small": _sequences(1, 64, 64, 32, 4, 3),
-    "ieee": _sequences(1, 64, 64, 16, 4, 2),
+    "ieee": _sequences(1, 64, 64, 16, 8, 2),
     "tf32": _sequences(1, 64, 64, 32, 4, 2),
     "tf32x3": _sequences(1, 64, 64, 16, 4, 2),
 }

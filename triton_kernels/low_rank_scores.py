@@ -137,12 +137,12 @@ def _tile(bm: int, bn: int, bk: int, warps: int, stages: int, group: int = 8) ->
 
 _SMALL_SHARED = {
     "half": _tile(128, 128, 32, 8, 3),
-    "half_parts": _tile(64, 128, 32, 8, 3),
+    "half_parts": _tile(64, 64, 32, 8, 3),
     "half_small": _tile(64, 64, 32, 4, 4),
     "half_shared": _tile(64, 64, 32, 8, 3),
     "ieee": _tile(64, 64, 16, 4, 2),
     "tf32": _tile(64, 64, 32, 4, 2),
-    "tf32x3": _tile(64, 64, 16, 4, 2),
+    "tf32x3": _tile(64, 64, 16, 8, 2),
 }
 CONFIGS: Mapping[str, Mapping[str, Config]] = {
     "default": _SMALL_SHARED,

@@ -110,19 +110,24 @@ def _tile(bm: int, bn: int, bk: int, warps: int, stages: int) -> Config:
 _SMALL_SHARED = {
     "half": _tile(64, 64, 32, 8, 3),
     "half_wide": _tile(64, 32, 32, 8, 3),
-    "ieee": _tile(64, 32, 16, 8, 2),
+    "ieee": _tile(32, 32, 16, 8, 2),
     "ieee_wide": _tile(32, 32, 16, 8, 2),
     "tf32": _tile(64, 64, 32, 8, 2),
     "tf32_wide": _tile(64, 64, 32, 8, 2),
     "tf32x3": _tile(64, 32, 16, 8, 2),
-    "tf32x3_wide": _tile(64, 32, 32, 8, 2),
+    "tf32x3_wide": _tile(64, 16, 16, 8, 2),
 }
 CONFIGS: Mapping[str, Mapping[str, Config]] = {
     "default": _SMALL_SHARED,
     "sm_86": _SMALL_SHARED,
     "sm_89": _SMALL_SHARED,
     "sm_80": {**_SMALL_SHARED, "half": _tile(64, 64, 64, 8, 3)},
-    "sm_90": {**_SMALL_SHARED, "half": _tile(128, 64, 64, 8, 3), "half_wide": _tile(128, 64, 64, 8, 3)},
+    "sm_90": {
+        **_SMALL_SHARED,
+        "half": _tile(128, 64, 64, 8, 3),
+        "half_wide": _tile(64, 64, 64, 8, 3),
+        "tf32x3_wide": _tile(64, 32, 32, 8, 2),
+    },
 }
 """Kinds: half precision, float32 by its precision; "_wide" for sketches of more than 80 columns. Chosen by what
 compiles without spills; not measured yet."""

@@ -212,7 +212,7 @@ def collect(
         plan=[(str(a), str(b)) for a, b in rows_of_plan],
         stages=stages,
         facts=[*notes, ("source", str(attributor.method.source)), ("versions", _versions())],
-        tables=[*_certificates(scores, shown), *tables],
+        tables=[*tables, *_certificates(scores, shown)],
     )
 
 

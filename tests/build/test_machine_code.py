@@ -7,6 +7,8 @@ from pathlib import Path
 import gate
 import pytest
 
+from benchmarks import compile_table
+
 ROOT = Path(__file__).resolve().parents[2]
 needs_nvcc = pytest.mark.skipif(
     gate.find_nvcc()[0] is None, reason="no nvcc: the CUDA kernels cannot be compiled on this machine"
@@ -48,6 +50,11 @@ def test_cuda_kernels(source, arch, tmp_path):
     results = gate.check_cuda(source, arch, tmp_path)
     assert results
     assert {kernel.name: wrong for kernel, wrong in results if wrong} == {}
+    rows = [compile_table.cuda_row(source, arch, kernel) for kernel, _ in results]
+    version = compile_table.nvcc_version()
+    assert {row["kernel"]: compile_table.differences(row, "cuda", version) for row in rows} == {
+        row["kernel"]: [] for row in rows
+    }
 
 
 @needs_nvcc

@@ -77,7 +77,7 @@ OPTIONS = [
     ({"method": "efkac"}, "unknown method 'efkac'; did you mean ekfac or kfac?"),
     ({"method": "xyz"}, "unknown method 'xyz'; available: ekfac, kfac"),
     ({"fisher": "true"}, "unknown fisher 'true'; use 'sampled'"),
-    ({"rank": 3}, "unknown option 'rank' for method 'ekfac'; available: query_rank, "),
+    ({"rank": 3}, "unknown option 'rank' for method 'ekfac'; available: approximation, query_rank, "),
     ({"eigensolver": "qr"}, "unknown eigensolver 'qr'; choose one of auto, fp32, fp64"),
     ({"query_rank": 0}, "query_rank is 0; give a rank ≥ 1, or a captured energy between 0 and 1"),
     ({"query_rank": 1.5}, "query_rank is 1.5; give a rank ≥ 1, or a captured energy between 0 and 1"),
