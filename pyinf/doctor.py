@@ -185,6 +185,7 @@ def verify_kernels(
     wrong.
     """
     from pyinf import bench
+    from pyinf.bench.grouped import GROUPED
     from pyinf.bench.machine import card_name
     from pyinf.ops import verified
 
@@ -210,7 +211,25 @@ def verify_kernels(
         else:
             verified.forget(op, card, backend)
             wrong.append(f"{op} {backend}: {state}")
+        if backend == "triton" and op in GROUPED and state == "verified":
+            _verify_group(op, device, card, details, lines, wrong)
     return lines, wrong
+
+
+def _verify_group(
+    op: str, device: torch.device, card: str, details: dict[str, Any], lines: list[str], wrong: list[str]
+) -> None:
+    """The launch that serves many layers at once has a record of its own."""
+    from pyinf.bench.grouped import verify_grouped
+    from pyinf.ops import verified
+
+    passed, found = verify_grouped(op, device)
+    lines += found
+    if passed:
+        verified.record(f"{op}_group", card, {**details, "cases": found}, "triton")
+    else:
+        verified.forget(f"{op}_group", card, "triton")
+        wrong += [line for line in found if line.startswith("WRONG")]
 
 
 def _summary(outcomes: list[Any], op: str, backend: str, dtype: str, device: torch.device) -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pyinf import ops
+from pyinf.bench.grouped import _run, verify_grouped
 from pyinf.errors import ConfigError
 from pyinf.ops import grouped, reference, triton_grouped
 
@@ -94,3 +95,21 @@ def test_lists_that_do_not_fit_are_refused():
         grouped.accumulate_squared_gradients_group([torch.zeros(16, 32)], g, a, OFFSETS)
     with pytest.raises(ConfigError, match="shape"):
         grouped.accumulate_covariance_group([torch.zeros(3, 3)] * 2, a, [False, False])
+
+
+@pytest.mark.parametrize("op", ["accumulate_covariance", "accumulate_squared_gradients"])
+def test_verification_of_the_grouped_kernels(op):
+    sizes = {"dtypes": (torch.float32, torch.float16), "shapes": ((40, 24),)}
+    passed, lines = verify_grouped(op, torch.device("cpu"), **sizes)
+    assert passed and len(lines) == 2 and all(line.startswith("ok") for line in lines)
+
+    def off_by_a_little(*call):
+        return [total * (1 + 1e-4) for total in _run(*call)]
+
+    passed, lines = verify_grouped(op, torch.device("cpu"), run=off_by_a_little, **sizes)
+    assert not passed and all(line.startswith("WRONG") for line in lines)
+
+    def not_a_number(*call):
+        return [total * float("nan") for total in _run(*call)]
+
+    assert not verify_grouped(op, torch.device("cpu"), run=not_a_number, **sizes)[0]
