@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 FEW = (0.1, 1.0, 10.0)
-MANY = (0.001, 0.01, 0.1, 1.0, 10.0)
+MANY = (1e-5, 1e-4, 0.001, 0.01, 0.1, 1.0)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ module ``triton_<group>.py`` beside this one checks arguments, allocates, and ca
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -70,6 +71,30 @@ def _too_old(device: torch.device) -> str | None:
     if (major, minor) >= _OLDEST:
         return None
     return f"pyinf's Triton kernels need compute capability 8.0 or newer; {device} has {major}.{minor}"
+
+
+_CHAINED = ("dense_scores", "low_rank_scores", "precondition_low_rank", "project_gradients")
+NEWER: dict[str, tuple[int, int]] = dict.fromkeys(
+    (*_CHAINED, "random_projection", "scan_topk", "sparse_projection"), (3, 6)
+)
+"""Ops whose kernels Triton 3.2 does not compile, or compiles with spills, and the version on which every configuration
+was seen to compile for sm_90 (with spills in a few that 3.9 has none in). The others pass the gate on 3.2 too."""
+
+
+@lru_cache(maxsize=1)
+def triton_version() -> tuple[int, int]:
+    """Major and minor version of the installed Triton."""
+    major, minor = importlib.metadata.version("triton").split(".")[:2]
+    return int(major), int(minor)
+
+
+def too_old_for(op: str) -> str | None:
+    """Why the installed Triton cannot serve ``op``, or None."""
+    needed = NEWER.get(op)
+    if needed is None or interpreted() or triton_version() >= needed:
+        return None
+    have, wanted = (".".join(map(str, version)) for version in (triton_version(), needed))
+    return f"the Triton kernel of {op} needs triton {wanted} or newer (here: {have}): older ones do not compile it well"
 
 
 def unavailable() -> str | None:
@@ -139,8 +164,11 @@ def register_triton(
     (None: always) says that it was measured to win.
     """
 
+    def cannot_run() -> str | None:
+        return unavailable() or too_old_for(op)
+
     def full_check(*args: Any) -> str | None:
-        return unavailable() or check(*args)
+        return cannot_run() or check(*args)
 
     def full_prefer(*args: Any) -> bool:
         device = device_of(args)
@@ -148,7 +176,7 @@ def register_triton(
             return False
         return prefer is None or prefer(*args)
 
-    full_check.unavailable = unavailable  # type: ignore[attr-defined]
+    full_check.unavailable = cannot_run  # type: ignore[attr-defined]
     registry.register(op, "triton", function, full_check, full_prefer)
 
 

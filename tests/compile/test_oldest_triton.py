@@ -1,4 +1,7 @@
-"""Every kernel and configuration compiled by the oldest supported Triton (for sm_90), under the same gate."""
+"""Kernels and configurations compiled by the oldest supported Triton (for sm_90), under the same gate.
+
+All but those of the ops that ask for a newer Triton by name (triton_backend.NEWER).
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,18 @@ from pathlib import Path
 import pytest
 
 from benchmarks import compile_table
+from pyinf.ops import triton_backend
+from pyinf.ops.triton_backend import NEWER
 
 ROOT = Path(__file__).resolve().parents[2]
 OLDEST = "3.2.0"
 FOLDER = ROOT / ".envs" / f"triton-{OLDEST}"
 HERE = (FOLDER / "triton").is_dir()
+MODULES = [module for module in compile_table.modules() if module not in NEWER]
 
 
 @pytest.mark.skipif(not HERE, reason=f"no {FOLDER.relative_to(ROOT)}: `make oldest-triton` installs it")
-@pytest.mark.parametrize("module", compile_table.modules() if HERE else ["every module"])
+@pytest.mark.parametrize("module", MODULES if HERE else ["every module"])
 def test_compiles_on_the_oldest_triton(module, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(FOLDER), "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, str(Path(__file__).with_name("oldest.py")), module, "sm_90"]
@@ -33,3 +39,16 @@ def test_compiles_on_the_oldest_triton(module, tmp_path):
 def test_the_version_is_the_one_that_the_package_asks_for():
     assert f'"triton>={OLDEST.rsplit(".", 1)[0]};' in (ROOT / "pyproject.toml").read_text()
     assert f"triton=={OLDEST}" in (ROOT / "Makefile").read_text()
+
+
+def test_ops_that_need_a_newer_triton_say_so(monkeypatch):
+    assert set(NEWER) < set(compile_table.modules())
+    monkeypatch.setattr(triton_backend, "interpreted", lambda: False)
+    monkeypatch.setattr(triton_backend, "triton_version", lambda: (3, 5))
+    for op in NEWER:
+        assert triton_backend.too_old_for(op).startswith(
+            f"the Triton kernel of {op} needs triton 3.6 or newer (here: 3.5)"
+        )
+    assert triton_backend.too_old_for("gradient_dot") is None
+    monkeypatch.setattr(triton_backend, "triton_version", lambda: (3, 6))
+    assert not any(map(triton_backend.too_old_for, NEWER))
