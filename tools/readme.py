@@ -195,18 +195,13 @@ def cpu_ops() -> str:
 
 def board() -> str:
     """Methods on one bank of retrainings."""
-    rows = rows_of(RESULTS / "board" / "board.csv")
-    if not rows:
-        raise FileNotFoundError(RESULTS / "board" / "board.csv")
-    body = [
-        [
-            f"`{row['name']}`",
-            f"{float(row['lds']):.3f}",
-            f"{float(row['lds_low']):.3f} – {float(row['lds_high']):.3f}",
-            f"{float(row['damping']):g}" if row["damping"] else "–",
-        ]
-        for row in sorted(rows, key=lambda row: -float(row["lds"]))
-    ]
+    rows = json.loads((RESULTS / "board" / "board.json").read_text())["rows"]
+    body = []
+    for row in sorted(rows, key=lambda row: -row["results"]["lds"]["interval"]["both"]["value"]):
+        lds = row["results"]["lds"]["interval"]["both"]
+        interval = f"{lds['low']:.3f} – {lds['high']:.3f}"
+        chosen = f"{row['damping']:g}" if row["damping"] is not None else "–"
+        body.append([f"`{row['name']}`", f"{lds['value']:.3f}", interval, chosen])
     return markdown(["method", "LDS", "95 % interval", "damping chosen"], body)
 
 

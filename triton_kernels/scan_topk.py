@@ -102,7 +102,7 @@ def group_kernel(
         else:
             left = tl.load(rows + row + inner[None, :] * r_col, mask=n_in[:, None] & kept[None, :], other=0).to(DOT)
         if DOT == tl.int8:
-            total = tl.dot(left, right, total)
+            total = tl.dot(left, right, total, out_dtype=tl.int32)
         else:
             total = tl.dot(left, right, total, input_precision=PRECISION)
     score = total.to(tl.float32)

@@ -58,13 +58,17 @@ def main() -> None:
                 if hasattr(module, name):
                     recorder.wrap(module, name, "setup")
 
+    # bergson takes no batch of more tokens than the model has positions.
+    positions = json.loads((run.inputs / "model" / "config.json").read_text())["max_position_embeddings"]
+    tokens = min(BATCH * run.train.shape[1], positions)
+
     def index(name: str, data: str) -> IndexConfig:
         return IndexConfig(
             run_path=str(folder / name),
             model=str(run.inputs / "model"),
             data=DataConfig(dataset=data),
             precision="fp32",
-            token_batch_size=BATCH * run.train.shape[1],
+            token_batch_size=tokens,
             loss_reduction="sum",
         )
 
