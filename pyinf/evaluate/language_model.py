@@ -493,7 +493,7 @@ _GPU = {
 # name -> (what it is, settings that differ from the defaults)
 PROTOCOLS: dict[str, tuple[str, dict[str, Any]]] = {
     "quick": ("every step in seconds, for tests; scores mean little", _QUICK),
-    "small": ("a small Llama on a two-core CPU: 100 half subsets in about a quarter of an hour", {}),
+    "small": ("a small Llama on a two-core CPU: meant for 100 half subsets and more", {}),
     "gpu": ("GPT-2-sized, for one GPU; not measured yet", _GPU),
 }
 
