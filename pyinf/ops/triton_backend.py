@@ -193,5 +193,4 @@ def run(launches: Iterable[Launch], device: torch.device) -> None:
 
 # Each wrapper registers its ops when it is imported; none of them imports triton before an op is called.
 for _name in _WRAPPERS:
-    if importlib.util.find_spec(f"pyinf.ops.{_name}") is not None:
-        importlib.import_module(f"pyinf.ops.{_name}")
+    importlib.import_module(f"pyinf.ops.{_name}")
