@@ -4,4 +4,24 @@ from __future__ import annotations
 
 from pyinf.store.compress.base import REGISTRY, Compressor, Context, LayerRows, RowConsumer, layer_seed, register
 
-__all__ = ["REGISTRY", "Compressor", "Context", "LayerRows", "RowConsumer", "layer_seed", "register"]
+# Importing a module enters its compressors in REGISTRY: one line each.
+from pyinf.store.compress.less import Less
+from pyinf.store.compress.logra import LoGra
+from pyinf.store.compress.onebit import OneBit
+from pyinf.store.compress.trackstar import TrackStar
+from pyinf.store.compress.trak import Trak
+
+__all__ = [
+    "REGISTRY",
+    "Compressor",
+    "Context",
+    "LayerRows",
+    "Less",
+    "LoGra",
+    "OneBit",
+    "RowConsumer",
+    "TrackStar",
+    "Trak",
+    "layer_seed",
+    "register",
+]

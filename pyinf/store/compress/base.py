@@ -17,6 +17,7 @@ To add a compressor: a file here with a subclass under :func:`register`, its imp
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -144,7 +145,7 @@ class Compressor:
     Class attributes: ``name``; ``defaults``, the options and their default values; ``linear``, whether a sequence's row
     is the sum of its tokens' rows (else there are no rows per token); ``early_damping``, whether the damping goes into
     the rows (else one fit serves any damping); ``one_sided``, whether training examples and queries have different
-    rows for the same gradient.
+    rows for the same gradient. ``sequences`` is how many training sequences means are over.
     """
 
     name: ClassVar[str] = ""
@@ -152,7 +153,6 @@ class Compressor:
     linear: ClassVar[bool] = True
     early_damping: ClassVar[bool] = False
     one_sided: ClassVar[bool] = False
-    damped: ClassVar[bool] = True
 
     options: dict[str, Any] = field(default_factory=dict)
     sections: list[Section] = field(default_factory=list)
@@ -160,6 +160,8 @@ class Compressor:
     damping: float = 0.1
     damping_mode: str = "relative"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    sequences: int = 1
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.options) - set(self.defaults))
@@ -182,6 +184,11 @@ class Compressor:
         return "none"
 
     @property
+    def damped(self) -> bool:
+        """Whether the scores depend on the damping."""
+        return True
+
+    @property
     def checkpoints(self) -> list[TensorSource | None]:
         """Weights under which rows are made, one part of the row each; ``[None]``: the model as it is."""
         return self.options.get("checkpoints") or [None]
@@ -196,6 +203,7 @@ class Compressor:
         """Set ``sections`` and what the rows need. Overriding methods call this one first."""
         self.seed, self.device = context.seed, context.device
         self.damping, self.damping_mode = context.damping, context.damping_mode
+        self.dtype, self.sequences = context.dtype, len(context.data)
 
     def consumer(self, loss: str, checkpoint: int = 0) -> RowConsumer:
         """Makes training rows (``"train"``) or query rows not yet preconditioned (``"measurement"``).
@@ -225,12 +233,14 @@ class Compressor:
 
     def settings(self) -> dict[str, Any]:
         """JSON. With :meth:`tensors` it rebuilds the compressor; overriding methods add to it."""
-        plain = {k: v for k, v in self.options.items() if _is_plain(v)}
+        plain = {k: _plain(v) for k, v in self.options.items() if _is_plain(_plain(v))}
         return {
             "options": plain,
             "seed": self.seed,
             "damping": self.damping,
             "damping_mode": self.damping_mode,
+            "sequences": self.sequences,
+            "dtype": str(self.dtype).removeprefix("torch."),
             "sections": [s.to_dict() for s in self.sections],
         }
 
@@ -249,6 +259,8 @@ class Compressor:
             int(settings["seed"]),
             float(settings["damping"]),
             str(settings["damping_mode"]),
+            dtype=getattr(torch, settings["dtype"]),
+            sequences=int(settings["sequences"]),
         )
         named = {s.name.partition("@")[0] for s in out.sections} - {""}
         odd = sorted(named - set(selection.names))
@@ -280,6 +292,12 @@ def layer_seed(seed: int, name: str, what: str = "") -> int:
     """A seed of its own for a layer, from its name: the order and number of layers do not matter."""
     digest = hashlib.blake2b(f"{seed}|{name}|{what}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _is_plain(value: Any) -> bool:
