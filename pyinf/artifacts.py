@@ -509,12 +509,22 @@ def fingerprint_model(model: torch.nn.Module, names: Iterable[str] | None = None
     ``names`` keeps only the tensors with those names or below the modules so named. An edit of a few values between the
     sample points goes unseen; training, quantising, merging or loading in another dtype does not.
     """
-    digest = hashlib.sha256()
     wanted = None if names is None else sorted(set(names))
-    for name, value in sorted(model.state_dict(keep_vars=True).items()):
+    return fingerprint_tensors(
+        {
+            name: value
+            for name, value in model.state_dict(keep_vars=True).items()
+            if wanted is None or any(name == w or name.startswith(w + ".") for w in wanted)
+        },
+        samples,
+    )
+
+
+def fingerprint_tensors(tensors: Mapping[str, Any], samples: int = 4096) -> str:
+    """SHA-256 of named tensors, as :func:`fingerprint_model` takes it; what is no tensor is passed over."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
         if not isinstance(value, torch.Tensor):
-            continue
-        if wanted is not None and not any(name == w or name.startswith(w + ".") for w in wanted):
             continue
         digest.update(f"{name}|{tuple(value.shape)}|{value.dtype}|".encode())
         if value.is_meta or value.numel() == 0 or value.layout != torch.strided:

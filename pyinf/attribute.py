@@ -6,8 +6,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +21,11 @@ from pyinf._version import __version__
 from pyinf.capture import Modules, select_layers
 from pyinf.curvature import EIGENSOLVERS, MOMENT_CURVATURES, Factors, check_block, check_damping, planned_kind
 from pyinf.data.batching import PreparedExamples, make_batches, prepare
+from pyinf.data.models import placed
 from pyinf.errors import ArtifactError, ConfigError, ModelError
 from pyinf.methods.bm25 import bm25_scores
 from pyinf.methods.gradient import ScoreRequest, check_request
+from pyinf.methods.identity import data_fingerprint, fit_identity, score_home
 from pyinf.methods.options import settle
 from pyinf.methods.runs import run_of
 from pyinf.plan import Plan, default_token_budget, make_plan, parse_bytes
@@ -260,7 +260,7 @@ class Attributor:
     def _fit(self, data: PreparedExamples, plan: Plan) -> Attributor:
         home = self.run_dir / "fit" if self.run_dir is not None else None
         if home is not None:
-            artifacts.claim_directory(home, self._fit_identity(data, plan))
+            artifacts.claim_directory(home, fit_identity(self._run, data, plan))
             if (home / "factors" / artifacts.MANIFEST_NAME).exists():
                 self.load_factors(home / "factors")
                 progress.note(f"factors found in {home / 'factors'}; not fitted again")
@@ -374,7 +374,7 @@ class Attributor:
         if self.method.factors is None:  # no curvature, no damping
             request.dampings = values[:1]
         plan = self._make_plan(train_data, query_data, batch_size, len(request.dampings))
-        home = self._score_home(query_data, train_data, request, plan)
+        home = score_home(self._run, self.run_dir, query_data, train_data, self.factors, request, plan)
         with self._backend():
             result, facts = self._run.score(
                 query_data, train_data, self.factors, request, plan, home, float(self.options["checkpoint_seconds"])
@@ -480,24 +480,10 @@ class Attributor:
         if self._depth == 0:
             self._prepared = {}  # the caller may have changed the data since the last call
         self._depth += 1
-        kept: list[tuple[Tensor, Tensor]] = []
         try:
-            if self._depth == 1 and (self.device is not None or self.dtype is not None):
-                for tensor in [*self.model.parameters(), *self.model.buffers()]:
-                    dtype = self.dtype if tensor.is_floating_point() else None
-                    try:
-                        moved = tensor.data.to(device=self.device, dtype=dtype)
-                    except (RuntimeError, AssertionError) as error:
-                        raise ConfigError(
-                            f"cannot move the model to device={self.device}, dtype={self.dtype}: {error}"
-                        ) from None
-                    if moved is not tensor.data and (moved.dtype, moved.device) != (tensor.dtype, tensor.device):
-                        kept.append((tensor, tensor.data))
-                        tensor.data = moved
-            yield
+            with placed(self.model, self.device, self.dtype) if self._depth == 1 else contextlib.nullcontext():
+                yield
         finally:
-            for tensor, original in kept:
-                tensor.data = original
             self._depth -= 1
 
     @contextlib.contextmanager
@@ -523,52 +509,7 @@ class Attributor:
         return artifacts.fingerprint_model(self.model)
 
     def _data_fingerprint(self, data: PreparedExamples) -> str:
-        rows = []
-        for ids, labels, mask, extras in zip(data.input_ids, data.labels, data.masks, data.extras, strict=True):
-            row = {"input_ids": ids.tolist(), "labels": labels.tolist(), **{k: v.tolist() for k, v in extras.items()}}
-            rows.append(row if mask is None else {**row, "attention_mask": mask.long().tolist()})
-        return artifacts.fingerprint_examples(rows)
-
-    def _fit_identity(self, data: PreparedExamples, plan: Plan) -> dict[str, Any]:
-        return {
-            "what": "pyinf fit",
-            "method": self.method.factors,
-            "model": self._model_fingerprint(),
-            "data": self._data_fingerprint(data),
-            "layers": self.selection.names,
-            "fisher": self.fisher,
-            "seed": self.seed,
-            "eigensolver": self.options["eigensolver"],
-            **({} if self.options["factor_block"] is None else {"factor_block": self.options["factor_block"]}),
-            "task": self.task.fingerprint(),
-            "batch_size": plan.batch_size,
-            "token_budget": plan.token_budget,
-        }
-
-    def _score_home(
-        self, queries: PreparedExamples, train: PreparedExamples, request: ScoreRequest, plan: Plan
-    ) -> Path | None:
-        if self.run_dir is None or request.granularity == "token" or request.topk is not None:
-            return None
-        identity = {
-            "what": "pyinf score",
-            "method": self.method.name,
-            "model": self._model_fingerprint(),
-            "train": self._data_fingerprint(train),
-            "queries": self._data_fingerprint(queries),
-            "layers": self.selection.names,
-            "task": self.task.fingerprint(),
-            "seed": self.seed,
-            "request": str(request),
-            "options": {name: repr(self._run.options[name]) for name in [*self.method.options, "certify"]},
-            "refine": [self._run.refine, self._run.options.get("tol")],
-            "batches": [plan.batch_size, plan.token_budget, plan.query_block],
-            "factors": None if self.factors is None else self.factors.meta,
-        }
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-        home = self.run_dir / "unfinished" / digest
-        artifacts.claim_directory(home, identity)
-        return home
+        return data_fingerprint(data)
 
 
 def _texts(examples: Any) -> list[str] | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyinf import artifacts
 from pyinf.errors import ArtifactError, ConfigError
 
-__all__ = ["TensorSource", "checkpoint_weights", "layer_matrices", "load_named_tensors"]
+__all__ = ["TensorSource", "checkpoint_weights", "layer_matrices", "load_named_tensors", "source_identity"]
 
 TensorSource = str | os.PathLike[str] | Callable[[], Mapping[str, Tensor]] | Mapping[str, Tensor]
 
@@ -44,6 +44,13 @@ def load_named_tensors(source: TensorSource, what: str = "checkpoint") -> Mappin
     for file in files:
         out |= artifacts.load_tensors(file)
     return out
+
+
+def source_identity(sources: Sequence[TensorSource] | None) -> list[str] | None:
+    """A fingerprint of what each source holds now, whatever it is called: an unfinished run goes on with these only."""
+    if sources is None:
+        return None
+    return [artifacts.fingerprint_tensors(load_named_tensors(source)) for source in sources]
 
 
 def _aliases(model: nn.Module) -> dict[int, tuple[Tensor, list[str]]]:

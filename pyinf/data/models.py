@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 
 from pyinf.errors import ConfigError, ModelError
 
-__all__ = ["DTYPES", "load_model", "load_tokenizer", "model_limits", "resolve_device"]
+__all__ = ["DTYPES", "load_model", "load_tokenizer", "model_limits", "placed", "resolve_device"]
 
 DTYPES = {
     "float32": torch.float32,
@@ -208,3 +210,31 @@ def model_limits(model: torch.nn.Module) -> tuple[int | None, int | None]:
     from pyinf.data.batching import _model_limits
 
     return _model_limits(model)
+
+
+@contextlib.contextmanager
+def placed(
+    model: torch.nn.Module, device: str | torch.device | None, dtype: torch.dtype | None
+) -> Iterator[torch.nn.Module]:
+    """The model on another device or in another dtype (None: as it is); its own tensors are put back untouched, also
+    after an error.
+
+    Raises:
+        ConfigError: torch cannot move it there.
+    """
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        if device is not None or dtype is not None:
+            for tensor in [*model.parameters(), *model.buffers()]:
+                wanted = dtype if tensor.is_floating_point() else None
+                try:
+                    moved = tensor.data.to(device=device, dtype=wanted)
+                except (RuntimeError, AssertionError) as error:
+                    raise ConfigError(f"cannot move the model to device={device}, dtype={dtype}: {error}") from None
+                if moved is not tensor.data and (moved.dtype, moved.device) != (tensor.dtype, tensor.device):
+                    kept.append((tensor, tensor.data))
+                    tensor.data = moved
+        yield model
+    finally:
+        for tensor, original in kept:
+            tensor.data = original

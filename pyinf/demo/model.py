@@ -12,6 +12,7 @@ import torch
 
 from pyinf import progress
 from pyinf.data.library_text import END, train_tokenizer
+from pyinf.data.small_llama import small_llama
 
 __all__ = ["END", "Recipe", "answer_probability", "greedy_answer", "train_model", "train_tokenizer"]
 
@@ -65,25 +66,17 @@ def train_model(examples: Sequence[dict[str, Any]], vocabulary: int, recipe: Rec
     The loss is the mean over the tokens of a batch; the learning rate warms up and falls along a cosine to a tenth.
     Returns the model in evaluation mode; the last loss is reported as a note.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=recipe.hidden,
-        intermediate_size=recipe.intermediate,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.heads,
-        max_position_embeddings=2 * recipe.max_length,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-        tie_word_embeddings=True,
-        name_or_path="small Llama trained on the spot",
+    model = small_llama(
+        vocabulary,
+        hidden=recipe.hidden,
+        intermediate=recipe.intermediate,
+        layers=recipe.layers,
+        heads=recipe.heads,
+        positions=2 * recipe.max_length,
+        seed=recipe.seed,
+        name="small Llama trained on the spot",
+        device=device,
     )
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(recipe.seed)
-        model = LlamaForCausalLM(config).to(device)
     rng = random.Random(recipe.seed)
     lengths = [len(example["input_ids"]) for example in examples]
     plan = [batch for _ in range(recipe.epochs) for batch in _batches(lengths, recipe.batch_tokens, rng)]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pyinf import artifacts, progress
+from pyinf.data.small_llama import small_llama
 from pyinf.errors import ArtifactError, ConfigError, DataError
 from pyinf.evaluate.protocol import Protocol, Trained
 
@@ -261,29 +262,21 @@ class LanguageModelProtocol(Protocol):
         )
 
     def _new_model(self, vocabulary: int) -> nn.Module:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
         if self.base_model is not None:
             from pyinf.data import load_model
 
             return load_model(self.base_model, dtype="float32", device=self.device)
-        config = LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.heads,
-            max_position_embeddings=2 * self.length,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=0,
-            tie_word_embeddings=True,
-            name_or_path=f"Llama of protocol {self.name}",
+        return small_llama(
+            vocabulary,
+            hidden=self.hidden,
+            intermediate=self.intermediate,
+            layers=self.layers,
+            heads=self.heads,
+            positions=2 * self.length,
+            seed=self.data_seed,
+            name=f"Llama of protocol {self.name}",
+            device=self.device,
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.data_seed)
-            return LlamaForCausalLM(config).to(self.device)
 
     # -- training and measurement --------------------------------------------------------------------------------------
 

@@ -5,7 +5,8 @@ second moments. Composition only: the model takes the weights of each checkpoint
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyinf.capture import PassSource, TracingSession
+from pyinf import artifacts
+from pyinf.capture import Consumer, PassSource, TracingSession
+from pyinf.checkpoint import Checkpoint
 from pyinf.curvature import Factors, fit_factors
 from pyinf.curvature.unroll import PreconditionedSquares, Segment, adam_roots, segment_queries
 from pyinf.data.batching import PreparedExamples
-from pyinf.data.checkpoints import TensorSource, checkpoint_weights, layer_matrices, load_named_tensors
+from pyinf.data.checkpoints import (
+    TensorSource,
+    checkpoint_weights,
+    layer_matrices,
+    load_named_tensors,
+    source_identity,
+)
 from pyinf.errors import ConfigError
 from pyinf.methods.gradient import GradientRun, ScoreRequest
 from pyinf.methods.solved import SolvedRun, query_block
@@ -40,20 +49,33 @@ class _AllCheckpoints(PassSource):
 
     checkpoints: Sequence[TensorSource | None] = ()
 
-    def run(self, *args: Any, **kwargs: Any) -> None:
-        """As :meth:`PassSource.run`, once a checkpoint."""
-        for checkpoint in self.checkpoints:
-            if checkpoint is None:
-                super().run(*args, **kwargs)
+    def run(
+        self,
+        consumer_of: Callable[[int, list[int]], Consumer],
+        loss: str,
+        stage: str,
+        start: int = 0,
+        done: Callable[[int], None] | None = None,
+        keep: bool = False,
+    ) -> None:
+        """As :meth:`PassSource.run`, once a checkpoint; batches are numbered through all of them."""
+        count = len(self.batches)
+        for place, checkpoint in enumerate(self.checkpoints):
+            before = place * count
+            if start >= before + count:
                 continue
-            with checkpoint_weights(self.session.model, checkpoint):
-                super().run(*args, **kwargs)
+            finished = None if done is None else (lambda batch, before=before: done(before + batch))
+            with contextlib.nullcontext() if checkpoint is None else checkpoint_weights(self.session.model, checkpoint):
+                super().run(consumer_of, loss, stage, max(0, start - before), finished, keep)
 
 
 @dataclass
 class TrajectoryRun(SolvedRun):
     """A run whose scores are a sum over checkpoints. SOURCE's segments are fitted on the training set that is scored,
-    once, and kept. Not resumable: a killed run starts again.
+    once, and kept.
+
+    With a state directory a killed run goes on: ``total/`` holds the sum over the checkpoints that are done,
+    ``checkpoint-NNN/`` the scores under the one in work, ``segment-NNN/`` each fitted segment or its unfinished fit.
     """
 
     certifies = False
@@ -95,18 +117,31 @@ class TrajectoryRun(SolvedRun):
         self._train = train
         plain = ScoreRequest(request.granularity, request.per_module, None, request.dampings)
         plain.query_rank = request.query_rank
-        total: Any = None
-        facts: dict[str, Any] = {}
+        finished, total, facts = 0, None, {}
+        kept = None if state is None else Checkpoint(state / "total", interval)
+        found = None if kept is None else kept.load()
+        if found is not None:
+            finished, facts = int(found[0]["checkpoints"]), dict(found[0]["facts"])
+            total = found[1]["total"] if request.per_module else found[1]["total"]["scores"]
         try:
-            if self.method.name == "source":
-                self._fit_segments(train, plan)
-            for place in range(len(self.checkpoints)):
+            if self.method.name == "source" and finished < len(self.checkpoints):
+                self._fit_segments(train, plan, state, interval)
+            for place in range(finished, len(self.checkpoints)):
                 self._number = place
+                home = None if state is None else state / f"checkpoint-{place:03d}"
                 with self._weights(place):
-                    values, facts = GradientRun.score(self, queries, train, None, plain, plan, None, interval)
+                    values, facts = GradientRun.score(self, queries, train, None, plain, plan, home, interval)
                 total = values if total is None else _add(total, values)
+                if kept is not None and home is not None:
+                    tensors = total if request.per_module else {"scores": total}
+                    kept.save({"checkpoints": place + 1, "facts": facts}, total=tensors)
+                    shutil.rmtree(home, ignore_errors=True)
         finally:
             self._train = None
+        if kept is not None and state is not None:  # the sum goes last: a run killed here has lost nothing
+            for left in [*state.glob("segment-*"), *state.glob("checkpoint-*")]:
+                shutil.rmtree(left)
+            kept.clear()
         facts["checkpoints"] = len(self.checkpoints)
         if request.topk is None:
             return total, facts
@@ -166,7 +201,7 @@ class TrajectoryRun(SolvedRun):
 
     # -- segments ------------------------------------------------------------------------------------------------------
 
-    def _fit_segments(self, train: PreparedExamples, plan: Plan) -> None:
+    def _fit_segments(self, train: PreparedExamples, plan: Plan, state: Path | None, interval: float) -> None:
         content = content_of(train)
         if self._segments is not None and self._segments[0] == content:
             return
@@ -177,33 +212,93 @@ class TrajectoryRun(SolvedRun):
         if self.options["loss_unit"] == "token":
             scale *= len(train) / max(1, sum(train.label_counts))
         segments = []
-        for first in range(0, count, each):
-            members = range(first, first + each)
+        for number, first in enumerate(range(0, count, each)):
+            members = list(range(first, first + each))
             x = scale * sum(rates[i] * steps[i] for i in members)
-            segments.append(self._fit_segment(train, plan, list(members), x))
+            home = None if state is None else state / f"segment-{number:03d}"
+            factors, roots = self._fit_segment(train, plan, members, home, interval)
+            segments.append(Segment(factors, x, roots))
         self._segments = content, segments
 
-    def _fit_segment(self, train: PreparedExamples, plan: Plan, members: list[int], x: float) -> Segment:
-        moments = self._per_checkpoint("second_moments", None)
-        adam = moments[0] is not None
+    def _fit_segment(
+        self, train: PreparedExamples, plan: Plan, members: list[int], home: Path | None, interval: float
+    ) -> tuple[Factors, dict[str, Tensor] | None]:
+        roots = self._mean_roots(members)
+        ready = None if home is None else self._read_factors(home / "factors")
+        if ready is not None:
+            return ready, roots
         with TracingSession(self.model, self.selection, self.task, self.groups) as session:
             source = _AllCheckpoints(session, train, self.batches(train, plan, False))
             source.checkpoints = [self.checkpoints[i] for i in members]
-            kind = "kfac" if adam else self.options["curvature"]
             sequences = len(train) * len(members)
-            factors = fit_factors(source, kind, self.fit_loss, sequences, self.eigensolver, timings=self.timings)
-            if not adam:
-                return Segment(factors, x)
-            total: dict[str, Tensor] = {}
-            for i in members:
-                own = self._moments(moments[i])
-                total = {name: v if name not in total else total[name].add_(v) for name, v in own.items()}
-            roots = adam_roots({name: v / len(members) for name, v in total.items()}, self.options["epsilon"])
+            if roots is None:
+                factors = self._fit_bases(source, self.options["curvature"], sequences, home, "factors", interval)
+                return factors, None
+            factors = self._fit_bases(source, "kfac", sequences, home, "bases", interval)
             squares = PreconditionedSquares(factors, roots)
-            source.run(lambda *_: squares, self.fit_loss, "corrected eigenvalues (preconditioned)")
+            kept = None if home is None else Checkpoint(home / "squares", interval)
+            found, start = None if kept is None else kept.load(), 0
+            if found is not None:
+                start = int(found[0]["batch"])
+                squares.Lam = {name: Lam.to(session.device) for name, Lam in found[1]["squares"].items()}
+
+            def done(batch: int) -> None:
+                if kept is not None and kept.due():
+                    kept.save({"batch": batch}, squares=squares.Lam)
+
+            source.run(lambda *_: squares, self.fit_loss, "corrected eigenvalues (preconditioned)", start, done)
         for name, layer in factors.layers.items():
             layer.corrected = squares.Lam[name] / sequences
-        return Segment(factors, x, roots)
+        if home is not None:
+            factors.save(home / "factors")
+            for left in ("bases", "squares"):
+                shutil.rmtree(home / left)
+        return factors, roots
+
+    def _fit_bases(
+        self, source: PassSource, kind: str, sequences: int, home: Path | None, name: str, interval: float
+    ) -> Factors:
+        """Factors over the checkpoints of ``source``; with ``home`` kept in ``home/name``, and read from there."""
+        ready = None if home is None else self._read_factors(home / name)
+        if ready is not None:
+            return ready
+        kept = None if home is None else Checkpoint(home / "state", interval)
+        factors = fit_factors(source, kind, self.fit_loss, sequences, self.eigensolver, kept, timings=self.timings)
+        if kept is not None and home is not None:
+            artifacts.check_free_disk(home, factors.nbytes, "the factors")
+            factors.save(home / name)
+            kept.clear()
+        return factors
+
+    def _read_factors(self, directory: Path) -> Factors | None:
+        if not (directory / artifacts.MANIFEST_NAME).exists():
+            return None
+        factors = Factors.load(directory, next(self.model.parameters()).device)
+        # clone: a memory map is not aligned as an allocation is, and alignment may change the last bit
+        for factor in [*factors.inputs.values(), *factors.layers.values()]:
+            for field_name in ("basis", "eigenvalues", "corrected"):
+                value = getattr(factor, field_name, None)
+                if value is not None:
+                    setattr(factor, field_name, value.clone())
+        self.groups.of_layer = {name: layer.group for name, layer in factors.layers.items()}
+        return factors
+
+    def _mean_roots(self, members: list[int]) -> dict[str, Tensor] | None:
+        """``P^½`` of the mean second moments of some checkpoints; None where the optimiser has none."""
+        moments = self._per_checkpoint("second_moments", None)
+        if moments[0] is None:
+            return None
+        total: dict[str, Tensor] = {}
+        for i in members:
+            own = self._moments(moments[i])
+            total = {name: v if name not in total else total[name].add_(v) for name, v in own.items()}
+        return adam_roots({name: v / len(members) for name, v in total.items()}, self.options["epsilon"])
+
+    def identity_of(self, names: Sequence[str]) -> dict[str, Any]:
+        """Checkpoints and second moments by what they hold: a path or a callable may give another tensor tomorrow."""
+        sources = ("checkpoints", "second_moments")
+        held = {name: source_identity(self.options[name]) for name in names if name in sources}
+        return {**super().identity_of([name for name in names if name not in sources]), **held}
 
     # -- self-influence ------------------------------------------------------------------------------------------------
 

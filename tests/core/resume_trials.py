@@ -41,8 +41,31 @@ def examples(n: int, seed: int) -> list[dict]:
 TRAIN, QUERIES = examples(18, 1), examples(4, 2)
 
 
+def drawn(number: int, positive: bool = False):
+    """Checkpoint ``number``, or positive second moments: a callable, so that only its content says what it is."""
+
+    def make() -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(number)
+        noise = {k: torch.randn(p.shape, generator=generator) for k, p in Net().named_parameters()}
+        return {k: noise[k].abs() if positive else p.detach() + 0.1 * noise[k] for k, p in Net().named_parameters()}
+
+    return make
+
+
+def trajectory(method: str) -> dict:
+    """Options of a method that follows the training run: four checkpoints in two segments."""
+    options = {"checkpoints": [drawn(n) for n in range(4)], "learning_rates": 0.1}
+    options["second_moments"] = [drawn(10 + n, positive=True) for n in range(4)]
+    if method == "source":
+        options |= {"steps": 3, "segments": 2, "epsilon": 0.1}
+    return options
+
+
 def work(directory: Path, method: str, cache: str, rank) -> None:
-    attributor = pyinf.Attributor(Net(), method, run_dir=directory, checkpoint_seconds=0, cache=cache, query_rank=rank)
+    own = trajectory(method) if method in ("tracin", "source") else {}
+    attributor = pyinf.Attributor(
+        Net(), method, run_dir=directory, checkpoint_seconds=0, cache=cache, query_rank=rank, **own
+    )
     attributor.fit(TRAIN, batch_size=3)
     needed = sum(v for k, v in attributor.plan(TRAIN, QUERIES, 3).memory.items() if k not in ("captured",)) + (64 << 20)
     attributor.options["memory_budget"] = needed - attributor._plan.memory["queries"] // 2  # two blocks of queries
@@ -94,9 +117,10 @@ def finished(pid: int) -> str:
 
 
 def digest(directory: Path) -> dict:
-    factors = {
-        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted((directory / "fit" / "factors").iterdir())
-    }
+    home = directory / "fit" / "factors"
+    factors = (
+        {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(home.iterdir())} if home.exists() else {}
+    )
     scores = torch.load(directory.parent / f"{directory.name}.pt", weights_only=True)
     left = sorted(
         str(p.relative_to(directory)) for p in directory.rglob("*") if "factors" not in p.parts and p.is_file()
