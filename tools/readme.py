@@ -194,15 +194,34 @@ def cpu_ops() -> str:
 
 
 def board() -> str:
-    """Methods on one bank of retrainings."""
-    rows = json.loads((RESULTS / "board" / "board.json").read_text())["rows"]
+    """Methods on one bank of retrainings: LDS, its difference to EK-FAC's, what else was measured."""
+    rows = rows_of(RESULTS / "board" / "board.csv")
+
+    def value(row: dict[str, str], name: str, digits: int = 3, sign: str = "") -> str:
+        found = row.get(name)
+        if not found:
+            return "–"
+        text = f"{float(found):{sign}.{digits}f}"
+        if row.get(f"{name}_low"):
+            text += f" [{float(row[f'{name}_low']):{sign}.{digits}f}, {float(row[f'{name}_high']):{sign}.{digits}f}]"
+        return text
+
+    columns = [
+        ("LDS", "lds", 3, ""),
+        ("over EK-FAC", "lds_over_ekfac", 3, "+"),
+        ("LDS, 1 % removed", "lds_removal", 3, ""),
+        ("over EK-FAC, 1 %", "lds_removal_over_ekfac", 3, "+"),
+        ("loss rise, top 10 removed", "qld_10", 2, ""),
+        ("damping", "damping", 0, ""),
+        ("seconds", "seconds", 1, ""),
+        ("peak MB", "peak_mb", 0, ""),
+    ]
+    columns = [c for c in columns if any(row.get(c[1]) for row in rows)]
     body = []
-    for row in sorted(rows, key=lambda row: -row["results"]["lds"]["interval"]["both"]["value"]):
-        lds = row["results"]["lds"]["interval"]["both"]
-        interval = f"{lds['low']:.3f} – {lds['high']:.3f}"
-        chosen = f"{row['damping']:g}" if row["damping"] is not None else "–"
-        body.append([f"`{row['name']}`", f"{lds['value']:.3f}", interval, chosen])
-    return markdown(["method", "LDS", "95 % interval", "damping chosen"], body)
+    for row in rows:
+        row["damping"] = f"{float(row['damping']):g}" if row["damping"] else "–"
+        body.append([f"`{row['name']}`", *(row[c[1]] if c[1] == "damping" else value(row, *c[1:]) for c in columns)])
+    return markdown(["method", *(c[0] for c in columns)], body)
 
 
 def compiled() -> str:

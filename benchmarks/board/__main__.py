@@ -3,6 +3,7 @@
     python -m benchmarks.board --bank-only                 # the retrainings, resumable
     python -m benchmarks.board --only ekfac kfac           # some rows; each in a process of its own, resumable
     python -m benchmarks.board                             # all of it
+    python -m benchmarks.board --time --only ekfac         # seconds and memory of a finished row again
     python -m benchmarks.board --report                    # the table and the plot from the rows that are there
 
 Rows of other libraries run in their own environments (`python benchmarks/peers/envs.py kronfluence bergson`). The
@@ -32,6 +33,7 @@ from pyinf.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "board"
+BASELINE = "ekfac"  # what every row is compared with, query by query
 
 
 class Scored(dict):
@@ -107,9 +109,29 @@ def run_row(name: str, options: argparse.Namespace) -> None:
     bank, row, folder = open_bank(options), ROWS[name], options.work / f"rows-{options.protocol}" / name
     own = row.library == "pyinf"
     score = scorer(bank_model(bank), row.method, **row.options) if own else peer_scorer(bank, row, folder)
+    if options.time:
+        print({name: evaluate.time_row(bank, score, folder)}, flush=True)
+        return
     evaluate.run_row(
         bank, name, score, folder, row.dampings, options.remove or None, options.controls, options.workers, row.about()
     )
+
+
+def differences(rows: list[dict[str, Any]], folder: Path, bank: evaluate.Bank) -> dict[str, Any]:
+    """LDS over that of the baseline, with the interval of the difference: as columns of ``rows``, and as JSON."""
+    if not any(row["name"] == BASELINE for row in rows):
+        return {}
+    found: dict[str, Any] = {}
+    for kind, metric in (("half", "lds"), ("removal", "lds_removal")):
+        if len(bank.entries(kind, 0)) < 3:
+            continue
+        over = evaluate.compare_rows(folder, bank, BASELINE, kind)
+        found[metric] = {name: value.to_dict() for name, value in over.items()}
+        for row in rows:
+            both = over[row["name"]].both.to_dict() if row["name"] in over else {}
+            for end, part in (("", "value"), ("_low", "low"), ("_high", "high")):
+                row[f"{metric}_over_{BASELINE}{end}"] = both.get(part)
+    return found
 
 
 def report(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -118,6 +140,7 @@ def report(options: argparse.Namespace) -> list[dict[str, Any]]:
     folder = options.work / f"rows-{options.protocol}"
     rows = evaluate.read_rows(folder, bank)
     protocol: Any = bank.protocol
+    over = differences(rows, folder, bank)
     content = {
         "protocol": protocol.describe(),
         "facts": protocol.facts,
@@ -127,6 +150,7 @@ def report(options: argparse.Namespace) -> list[dict[str, Any]]:
         "reported_queries": len(protocol.reported),
         "tuning_queries": len(protocol.tuning),
         "rows": [json.loads((folder / r["name"] / "row.json").read_text()) for r in rows],
+        "over": {"baseline": BASELINE, **over},
         "machine": {"python": platform.python_version(), "threads": 1, "cpu": platform.machine()},
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -148,6 +172,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=sorted(ROWS), default=list(ROWS), help="rows (default: all)")
     parser.add_argument("--bank-only", action="store_true")
     parser.add_argument("--report", action="store_true", help="only write the table and the plot")
+    parser.add_argument("--time", action="store_true", help="only measure seconds and memory of finished rows again")
     parser.add_argument("--in-process", action="store_true", help="run the one row here (what each row's process does)")
     parser.add_argument("--workers", type=int, default=2, help="processes that retrain at once")
     parser.add_argument("--half", type=int, default=120)
@@ -163,7 +188,7 @@ def main() -> int:
             for name in options.only:
                 run_row(name, options)
             return 0
-        if not options.report:
+        if not options.report and not options.time:
             build_bank(open_bank(options), options)
         if options.bank_only:
             return 0
@@ -180,6 +205,7 @@ def main() -> int:
             ]
             again += ["--protocol", options.protocol, "--workers", str(options.workers)]
             again += ["--remove", str(options.remove), "--controls", str(options.controls)]
+            again += ["--time"] if options.time else []
             if subprocess.run(again, cwd=ROOT).returncode:
                 failed.append(name)
         rows = report(options)

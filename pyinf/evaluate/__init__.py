@@ -6,7 +6,7 @@ score matrix with it. :mod:`pyinf.evaluate.pbrf` is the ground truth that involv
 """
 
 from pyinf.evaluate.bank import Bank, Entry
-from pyinf.evaluate.board import DAMPINGS, read_rows, run_row
+from pyinf.evaluate.board import DAMPINGS, compare_rows, read_rows, run_row, time_row
 from pyinf.evaluate.counterfactual import (
     LDS,
     Brittleness,
@@ -15,6 +15,7 @@ from pyinf.evaluate.counterfactual import (
     brittleness,
     group_effect,
     lds,
+    lds_difference,
     leave_one_out_correlation,
     noise_ceiling,
     query_loss_difference,
@@ -80,6 +81,7 @@ __all__ = [
     "bootstrap_mean",
     "brittleness",
     "choose_damping",
+    "compare_rows",
     "cover",
     "evaluate_scores",
     "five_terms",
@@ -88,6 +90,7 @@ __all__ = [
     "group_effect",
     "half_subsets",
     "lds",
+    "lds_difference",
     "leave_one_out",
     "leave_one_out_correlation",
     "load_matrix",
@@ -105,6 +108,7 @@ __all__ = [
     "same_label",
     "spearman",
     "tail_patch",
+    "time_row",
     "to_csv",
     "to_rows",
     "top_k_removals",

@@ -12,9 +12,10 @@ import numpy as np
 from pyinf import artifacts, progress
 from pyinf.errors import ArtifactError, ConfigError
 from pyinf.evaluate.bank import Bank
+from pyinf.evaluate.counterfactual import LDS, lds_difference
 from pyinf.evaluate.evaluation import Evaluation, choose_damping, evaluate_scores, plan_removals, to_rows
 
-__all__ = ["DAMPINGS", "Scorer", "measured", "read_rows", "run_row"]
+__all__ = ["DAMPINGS", "Scorer", "compare_rows", "measured", "read_rows", "run_row", "time_row"]
 
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
 
@@ -87,11 +88,7 @@ def run_row(
         wide = {d: _placed(v, protocol.tuning, protocol.query_size) for d, v in sweep.items()}
         best, table = choose_damping(wide, bank)
         progress.note(f"{name}: damping {best:g} of {', '.join(f'{d:g} ({v:.3f})' for d, v in table.items())}")
-        queries = _rows_of(protocol.query_tokens, protocol.reported)
-        final, seconds, peak = measured(lambda: scorer(queries, train, [best]))
-        # A scorer that works in another process measures that one itself.
-        seconds, peak = getattr(final, "seconds", seconds), getattr(final, "peak_mb", peak)
-        own = np.asarray(final[best], dtype=np.float64)
+        own, seconds, peak = _reported(protocol, scorer, train, best)
         values = wide[best] + _placed(own, protocol.reported, protocol.query_size)
         _save_matrix(folder / "scores.npy", values)
         facts = {
@@ -113,6 +110,46 @@ def run_row(
     row = {**evaluation.to_dict(), **{k: facts[k] for k in ("seconds", "peak_mb", "sweep")}, "bank": bank.identity}
     artifacts.atomic_write_json(folder / "row.json", {**row, **(about or {})})
     return {**row, **(about or {})}
+
+
+def _reported(
+    protocol: Any, scorer: Scorer, train: list[dict[str, Any]], damping: float
+) -> tuple[np.ndarray, float, float | None]:
+    """Scores of the reported queries at one damping, seconds and peak memory."""
+    queries = _rows_of(protocol.query_tokens, protocol.reported)
+    final, seconds, peak = measured(lambda: scorer(queries, train, [damping]))
+    # A scorer that works in another process measures that one itself.
+    seconds, peak = getattr(final, "seconds", seconds), getattr(final, "peak_mb", peak)
+    return np.asarray(final[damping], dtype=np.float64), seconds, peak
+
+
+def time_row(bank: Bank, scorer: Scorer, folder: Path) -> dict[str, Any]:
+    """Measure seconds and peak memory of a finished row again (with the machine alone, say) and keep those.
+
+    Returns:
+        ``{"seconds", "peak_mb"}``.
+
+    Raises:
+        ArtifactError: the row is not finished, or the scores came out differently by more than 1e-3 of their norm.
+    """
+    protocol: Any = bank.protocol
+    folder = Path(folder)
+    if not (folder / "row.json").exists():
+        raise ArtifactError(f"{folder} holds no finished row; run it first")
+    facts = artifacts.read_json(folder / "scores.json")
+    train = _rows_of(protocol.train_tokens, range(protocol.train_size))
+    own, seconds, peak = _reported(protocol, scorer, train, facts["damping"])
+    before = np.load(folder / "scores.npy", allow_pickle=False)[list(protocol.reported)]
+    error = float(np.linalg.norm(own - before) / np.linalg.norm(before))
+    if not error <= 1e-3:
+        raise ArtifactError(
+            f"the scores of {folder.name} came out differently ({error:.2g} of their norm); delete {folder} and run it "
+            "again"
+        )
+    found = {"seconds": seconds, "peak_mb": peak}
+    artifacts.atomic_write_json(folder / "scores.json", {**facts, **found})
+    artifacts.atomic_write_json(folder / "row.json", {**artifacts.read_json(folder / "row.json"), **found})
+    return found
 
 
 def _placed(values: np.ndarray, chosen: Sequence[int], queries: int) -> np.ndarray:
@@ -137,3 +174,26 @@ def read_rows(folder: Path, bank: Bank | None = None) -> list[dict[str, Any]]:
         row = to_rows([evaluation])[0]
         rows.append({**row, "seconds": found["seconds"], "peak_mb": found["peak_mb"]})
     return sorted(rows, key=lambda r: -r.get("lds", -2.0))
+
+
+def compare_rows(
+    folder: Path, bank: Bank, baseline: str, kind: str = "half", seed: int = 0, resamples: int = 2000
+) -> dict[str, LDS]:
+    """LDS of every finished row minus that of the row ``baseline``, on the reported queries: the same resamples for
+    both, so that the interval is that of the difference.
+
+    Raises:
+        ArtifactError: ``baseline`` is not finished.
+        DataError: the bank has no retrainings of that kind.
+    """
+    folder = Path(folder)
+    if not (folder / baseline / "row.json").exists():
+        raise ArtifactError(f"{folder} has no finished row '{baseline}' to compare with; run it first")
+    counts, outcomes = bank.table(kind, seed)
+    reported = list(bank.protocol.reported)  # type: ignore[attr-defined]
+
+    def own(name: str) -> np.ndarray:
+        return np.load(folder / name / "scores.npy", allow_pickle=False)[reported]
+
+    names = [row["name"] for row in read_rows(folder, bank) if row["name"] != baseline]
+    return {n: lds_difference(own(n), own(baseline), counts, outcomes[:, reported], resamples) for n in names}

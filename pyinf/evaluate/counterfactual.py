@@ -35,6 +35,7 @@ __all__ = [
     "brittleness",
     "group_effect",
     "lds",
+    "lds_difference",
     "leave_one_out_correlation",
     "noise_ceiling",
     "query_loss_difference",
@@ -98,26 +99,51 @@ def lds(scores: Any, counts: Any, outcomes: Any, resamples: int = 2000, seed: in
     Source: Park et al. 2023 (TRAK), arXiv 2303.14186, definition 2.3.
     """
     s, c, f = _checked(scores, counts, outcomes)
-    if len(c) < 3:
-        raise DataError(f"{len(c)} retrainings cannot be correlated; build a bank of at least 3 (100 is usual)")
+    drawn, chosen = _resamples(len(c), len(s), resamples, seed)
+    per_query, sampled = _correlations(s, c, f, drawn)
+    return _with_intervals(per_query, sampled, chosen, len(c))
+
+
+def lds_difference(scores: Any, other: Any, counts: Any, outcomes: Any, resamples: int = 2000, seed: int = 0) -> LDS:
+    """LDS of ``scores`` minus LDS of ``other`` on the same bank, with intervals of the **difference**.
+
+    Both are correlated on the same resamples of subsets and queries. What all methods find hard or easy drops out, so
+    that two methods whose own intervals overlap widely may still be told apart.
+
+    Args and errors as in :func:`lds`; the fields of the result are those of the difference.
+    """
+    s, c, f = _checked(scores, counts, outcomes)
+    o, _, _ = _checked(other, counts, outcomes)
+    drawn, chosen = _resamples(len(c), len(s), resamples, seed)
+    per_query, sampled = _correlations(s, c, f, drawn)
+    per_query_other, sampled_other = _correlations(o, c, f, drawn)
+    return _with_intervals(per_query - per_query_other, sampled - sampled_other, chosen, len(c))
+
+
+def _resamples(subsets: int, queries: int, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    if subsets < 3:
+        raise DataError(f"{subsets} retrainings cannot be correlated; build a bank of at least 3 (100 is usual)")
+    return resample_counts(subsets, resamples, seed), resample_counts(queries, resamples, seed + 1)
+
+
+def _correlations(s: np.ndarray, c: np.ndarray, f: np.ndarray, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Spearman of prediction and truth a query: of the subsets as they are ``[Q]``, and of each resample ``[R, Q]``."""
     predicted, truth = s @ c.T, -f.T  # [Q, M]
-    per_query = spearman(predicted, truth)
-    value = float(per_query.mean())
-    drawn = resample_counts(len(c), resamples, seed)
-    sampled = np.stack(
-        [
-            weighted_pearson(weighted_ranks(p, drawn), weighted_ranks(t, drawn), drawn)
-            for p, t in zip(predicted, truth, strict=True)
-        ],
-        axis=1,
-    )  # [R, Q]
-    chosen = resample_counts(len(s), resamples, seed + 1)
+    sampled = [
+        weighted_pearson(weighted_ranks(p, drawn), weighted_ranks(t, drawn), drawn)
+        for p, t in zip(predicted, truth, strict=True)
+    ]
+    return spearman(predicted, truth), np.stack(sampled, axis=1)
+
+
+def _with_intervals(per_query: np.ndarray, sampled: np.ndarray, chosen: np.ndarray, retrainings: int) -> LDS:
+    value, queries = float(per_query.mean()), len(per_query)
     return LDS(
         per_query,
         interval(value, sampled.mean(1)),
-        interval(value, chosen @ per_query / len(s)),
-        interval(value, (chosen * sampled).sum(1) / len(s)),
-        len(c),
+        interval(value, chosen @ per_query / queries),
+        interval(value, (chosen * sampled).sum(1) / queries),
+        retrainings,
     )
 
 

@@ -217,12 +217,19 @@ def to_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]], digits: int = 4) -> str:
-    """Rows as CSV, columns in order of first appearance, floats with ``digits`` decimals."""
+    """Rows as CSV, columns in order of first appearance, floats with ``digits`` decimals, small ones (a damping of
+    1e-5) with as many digits instead.
+    """
+
+    def cell(value: Any) -> Any:
+        if not isinstance(value, float):
+            return "" if value is None else value
+        return f"{value:.{digits}f}" if value == 0 or abs(value) >= 10**-digits else f"{value:.{digits}g}"
+
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
-        cells = [row.get(name) for name in columns]
-        writer.writerow(["" if c is None else f"{c:.{digits}f}" if isinstance(c, float) else c for c in cells])
+        writer.writerow([cell(row.get(name)) for name in columns])
     return text.getvalue()

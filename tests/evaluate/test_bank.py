@@ -242,6 +242,7 @@ def test_every_metric_on_the_true_effects(bank):
     assert rows[1]["lds"] == pytest.approx(-1) and "qld_3" not in rows[1]  # nobody retrained for those
     lines = to_csv(rows).splitlines()
     assert lines[0].startswith("name,damping,lds,lds_low,lds_high") and lines[1].startswith("truth,,1.0000,")
+    assert to_csv([{"name": "x", "damping": 1e-5, "lds": 0.5}]).splitlines()[1] == "x,1e-05,0.5000"
     notes = evaluate_scores(bank, -own.EFFECT, "reversed").notes
     assert "sign looks reversed" in notes[0]
 

@@ -41,6 +41,23 @@ def test_lds_by_its_definition(world):
         assert estimate.low < found.value < estimate.high
 
 
+def test_the_difference_of_two_lds_has_its_own_narrower_interval(world):
+    effect, counts, outcomes, rng = world
+    shared = rng.normal(size=effect.shape) * 2
+    first, second = effect + shared, effect + shared + rng.normal(size=effect.shape) * 0.3
+    a, b = (cf.lds(s, counts, outcomes, resamples=400) for s in (first, second))
+    found = cf.lds_difference(first, second, counts, outcomes, resamples=400)
+    assert found.value == pytest.approx(a.value - b.value)
+    assert np.allclose(found.per_query, a.per_query - b.per_query, atol=1e-12)
+    width = found.both.high - found.both.low
+    assert 0 < width < 0.6 * min(a.both.high - a.both.low, b.both.high - b.both.low)
+    assert found.both.low <= found.value <= found.both.high
+    same = cf.lds_difference(first, first, counts, outcomes, resamples=50)
+    assert (same.value, same.both.low, same.both.high) == (0, 0, 0)
+    with pytest.raises(DataError, match="29 training examples"):
+        cf.lds_difference(first, second[:, 1:], counts, outcomes)
+
+
 def test_interval_over_subsets_is_the_bootstrap_written_out(world):
     effect, counts, outcomes, rng = world
     scores = effect + rng.normal(size=effect.shape) * 2

@@ -15,6 +15,7 @@ from pyinf.evaluate import (
     Bank,
     LanguageModelProtocol,
     bank_noise,
+    compare_rows,
     evaluate_scores,
     full,
     half_subsets,
@@ -22,6 +23,7 @@ from pyinf.evaluate import (
     ready_protocol,
     run_row,
     tail_patch,
+    time_row,
 )
 from pyinf.evaluate.language_model import fit_model, sequence_losses
 
@@ -97,11 +99,23 @@ def test_curvature_beats_the_dot_product_on_the_quick_bank(quick, tmp_path):
     assert found["ekfac"]["lds"] > 0.2 and found["ekfac"]["damping"] in (0.01, 0.1, 1.0)
     assert found["grad_dot"]["damping"] is None and "qld_3" in found["ekfac"]
     assert found["ekfac"]["lds"] > found["grad_dot"]["lds"]
+    over = compare_rows(tmp_path, quick, "grad_dot")
+    assert list(over) == ["ekfac"]
+    assert over["ekfac"].value == pytest.approx(found["ekfac"]["lds"] - found["grad_dot"]["lds"])
+    with pytest.raises(ArtifactError, match="no finished row 'magic'"):
+        compare_rows(tmp_path, quick, "magic")
     # A finished row is read, not made again.
     again = run_row(quick, "ekfac", lambda *_: 1 / 0, tmp_path / "ekfac", [0.01, 0.1, 1.0], qld_k=3)
     assert again["results"]["lds"]["value"] == pytest.approx(found["ekfac"]["lds"])
     with pytest.raises(ArtifactError, match="different run"):
         run_row(quick, "ekfac", lambda *_: 1 / 0, tmp_path / "ekfac", [0.1])
+    # Its time is measured again without touching its scores; other scores are refused.
+    timed = time_row(quick, scorer(model, "ekfac"), tmp_path / "ekfac")
+    assert read_rows(tmp_path, quick)[0]["seconds"] == timed["seconds"] != found["ekfac"]["seconds"]
+    with pytest.raises(ArtifactError, match="came out differently"):
+        time_row(quick, scorer(model, "grad_dot"), tmp_path / "ekfac")
+    with pytest.raises(ArtifactError, match="no finished row"):
+        time_row(quick, scorer(model, "kfac"), tmp_path / "kfac")
     scores = np.load(tmp_path / "ekfac" / "scores.npy")
     direct = pyinf.attribute(
         model,
