@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -64,6 +64,7 @@ class Less(Compressor):
     }
     first: list[Mapping[str, Tensor]] = field(default_factory=list)
     second: list[Mapping[str, Tensor]] = field(default_factory=list)
+    _finished: bool = False
 
     @property
     def damped(self) -> bool:
@@ -128,9 +129,32 @@ class Less(Compressor):
             out[:, section.offset : section.stop] *= rate
         return out
 
+    def finish(self, rows: Iterable[Tensor]) -> None:
+        """Nothing is learnt from the rows; the moments are not kept beyond them."""
+        self._finished = True
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The moments, as long as rows are to be made; queries need none."""
+        if self._finished:
+            return {}
+        out = {f"m{c}:{name}": t.cpu() for c, found in enumerate(self.first) for name, t in found.items()}
+        return out | {f"v{c}:{name}": t.cpu() for c, found in enumerate(self.second) for name, t in found.items()}
+
     @classmethod
     def restore(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], selection: LayerSelection) -> Less:
-        """For queries, which need no moments; training rows cannot be made without preparing it again."""
+        """The inverse of :meth:`settings` and :meth:`tensors`; after ``finish`` for queries only."""
         out = super().restore(settings, tensors, selection)
         assert isinstance(out, Less)
+        for key, found in (("m", out.first), ("v", out.second)):
+            for c in range(len(out.checkpoints) if tensors else 0):
+                start = f"{key}{c}:"
+                found.append({name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)})
+        out._finished = not tensors
         return out
+
+    def to(self, device: torch.device) -> Less:
+        """Move its tensors."""
+        super().to(device)
+        for found in (self.first, self.second):
+            found[:] = [{name: t.to(device) for name, t in part.items()} for part in found]
+        return self

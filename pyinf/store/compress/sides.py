@@ -10,7 +10,8 @@ from torch import Tensor
 from pyinf import ops
 from pyinf.capture import Consumer, Layer, LayerSelection
 from pyinf.curvature import eigenbasis
-from pyinf.curvature.rotate import rotate_input, working
+from pyinf.curvature.gradients import LayerGradients
+from pyinf.curvature.rotate import rotate_input, rotate_output, working
 from pyinf.ops.philox import random_matrix
 from pyinf.ops.reference import STREAM_A, STREAM_G
 from pyinf.score.engine import segment_sum
@@ -44,6 +45,8 @@ class TwoSided:
         self.rank, self.seed, self.distribution, self.device, self.dtype = rank, seed, distribution, device, dtype
         self.given, self.scales = dict(given or {}), dict(scales or {})
         drawn = sum(rank * (layer.d_out + layer.columns) for layer in selection.layers)
+        # Without a kernel that does both products at once the tokens are projected here, which makes the bias free.
+        self.fused = device.type != "cpu"
         self.keep = device.type == "cpu" or drawn * torch.empty(0, dtype=dtype).element_size() <= _KEPT
         self._kept: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -101,7 +104,12 @@ class TwoSided:
 
     def rows(self, layer: Layer, a: Tensor, g: Tensor, offsets: Tensor) -> Tensor:
         """``[B, k_g·k_a]``; the gradients are never formed, nor is a column of ones joined to ``a``."""
-        a, g = working(a), working(g)
+        if not self.fused:
+            P_g, P_a = self.matrices(layer)
+            tokens = LayerGradients(rotate_output(g, P_g), rotate_input(a, P_a, layer.bias), offsets.tolist())
+            return tokens.rows(slice(None)).flatten(1)
+        if g.dtype not in (torch.bfloat16, torch.float16) or a.dtype != g.dtype:
+            a, g = working(a), working(g)
         if self._drawn_by_op(layer):  # P is a function of (seed, stream, element): nothing of it need be held
             k_g, k_a = self.widths(layer)
             seed = layer_seed(self.seed, layer.name)
@@ -117,7 +125,7 @@ class TwoSided:
             out = ops.project_gradients(g, a, offsets, P_g=P_g, P_a=P_a[: layer.d_in])
             last = P_a[-1]
         if layer.bias:
-            out += (segment_sum(g, offsets) @ P_g).unsqueeze(2) * last
+            out += (segment_sum(working(g), offsets) @ P_g).unsqueeze(2) * last
         return out.flatten(1)
 
 
