@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"demo"},
+    {"demo", "serve"},
     {"interop", "study"},
     {"doctor", "bench"},
     {"attribute"},

@@ -21,6 +21,7 @@ __all__ = ["contents", "describe", "imports_without_torch", "links"]
 EXPECTED = (
     *("pyinf/__init__.py", "pyinf/py.typed", "pyinf/cli/__init__.py", "pyinf/triton_kernels/__init__.py"),
     *("pyinf/report/page.html.j2", "pyinf/report/page.css", "pyinf/report/page.js"),
+    *("pyinf/serve/search.html.j2", "pyinf/serve/docs.html.j2", "pyinf/serve/serve.css", "pyinf/serve/search.js"),
 )
 FOREIGN = re.compile(r"torch|c10|cudart|cublas|libcuda\.|libpython")
 
