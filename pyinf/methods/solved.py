@@ -25,7 +25,7 @@ from pyinf.methods.gradient import ScoreRequest
 from pyinf.methods.options import number
 from pyinf.methods.solvers import SOLVERS, Problem
 from pyinf.plan import Plan
-from pyinf.score import QueryBlock
+from pyinf.score import QueryBlock, shared_block
 from pyinf.solve import FisherOperator, GGNOperator, GradientRows, Layout, Operator, Solution
 
 __all__ = ["SOLVERS", "Problem", "SolvedRun", "query_block"]
@@ -65,7 +65,8 @@ class SolvedRun(CertifiedRun):
             raise ConfigError(f"method '{self.method.name}' solves no system to a tolerance; use ekfac_cg, or no tol=")
         kept = self.options, self.refine
         extra = {} if own else {"max_iterations": 200, "block": True, "fit_batches": None, "curvature": "ggn"}
-        self.options, self.refine = {**extra, **self.options, "tol": tol}, None if own else "cg"
+        asked = {"tol": tol, "tol_asked": True}  # whether tol holds is measured, also without certificates
+        self.options, self.refine = {**extra, **self.options, **asked}, None if own else "cg"
         try:
             yield
         finally:
@@ -81,7 +82,8 @@ class SolvedRun(CertifiedRun):
         started = time.perf_counter()
         solutions = self.solutions(V, factors, request.dampings, request.damping_mode, plan)
         self._add_time("solve", started)
-        block = query_block(torch.cat([s.X for s in solutions]), layout, self.selection.layers, request.query_rank)
+        X = torch.cat([s.X for s in solutions])
+        block = query_block(X, layout, self.selection.layers, request)
         found = [
             self._certify_solution(solution, V, factors, damping, request, plan, block, number)
             for number, (solution, damping) in enumerate(zip(solutions, request.dampings, strict=True))
@@ -204,8 +206,11 @@ class SolvedRun(CertifiedRun):
         return out
 
 
-def query_block(X: Tensor, layout: Layout, layers: list[Any], rank: int | float | None) -> QueryBlock:
-    """Solutions ``[Q, D]`` as a block of queries; of low rank where one was asked for."""
+def query_block(X: Tensor, layout: Layout, layers: list[Any], request: ScoreRequest) -> QueryBlock:
+    """Solutions ``[Q, D]`` as a block of queries; of low rank, or in a shared basis, where that was asked for."""
+    rank = request.query_rank
+    if request.query_basis == "shared":
+        return shared_block(layout.unpack(X), X.shape[0], rank)
     block = QueryBlock(X.shape[0])
     for layer in layers:
         value = layout.unpack(X)[layer.name]

@@ -86,6 +86,7 @@ def _cg(problem: Problem) -> Solution:
         problem.warm(),
         options["tol"],
         options["max_iterations"],
+        final=options.get("certify", "auto") is not False or options.get("tol_asked", False),
     )
 
 

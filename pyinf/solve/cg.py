@@ -22,14 +22,17 @@ _INDEFINITE = (
 _NOT_FINITE = "diverged: a product is not finite; raise the damping, or run the model in float64"
 _STAGNATED = "stagnated at a relative residual of {value:.2g}: rounding limits it there; use dtype=torch.float64 or a "
 _STAGNATED += "larger damping"
+_UNMEASURED = "stopped after {count} iterations; its residual was not measured"
 _SHORT = "stopped after {count} iterations at a relative residual of {value:.2g}; raise max_iterations or the damping"
 
 
 class _Watch:
     """Per-query stopping: true residuals, the bound of the error, stagnation."""
 
-    def __init__(self, A: Operator, V: Tensor, tol: float, damping: Tensor | None) -> None:
-        self.A, self.V, self.tol, self.damping = A, V, tol, damping
+    def __init__(
+        self, A: Operator, V: Tensor, tol: float, damping: Tensor | None, after: Callable[[int, Tensor, Tensor], None]
+    ) -> None:
+        self.A, self.V, self.tol, self.damping, self.after = A, V, tol, damping, after
         count = V.shape[0]
         self.active = V.norm(dim=1) > 0
         self.outcomes = [Outcome("solved", "the gradient is zero") for _ in range(count)]
@@ -63,6 +66,7 @@ class _Watch:
 
     def step(self, X: Tensor, R: Tensor, iteration: int) -> bool:
         """After an iteration: claims of convergence are measured, stagnation is noticed. True while any is active."""
+        self.after(iteration, X, R)
         rows = self.active.nonzero().squeeze(1)
         if rows.numel() == 0:
             return False
@@ -95,10 +99,13 @@ class _Watch:
         for row in self.active.nonzero().squeeze(1).tolist():
             self.close(row, "failed", reason, iteration)
 
-    def finish(self, X: Tensor, R: Tensor, iteration: int, started: int) -> Solution:
-        """Measure what ran out of iterations."""
+    def finish(self, X: Tensor, R: Tensor, iteration: int, started: int, final: bool) -> Solution:
+        """Measure what ran out of iterations (``final``), or say that nobody did."""
         rows = self.active.nonzero().squeeze(1)
-        if rows.numel():
+        if rows.numel() and not final:
+            for row in rows.tolist():
+                self.close(row, "approximate", _UNMEASURED.format(count=iteration), iteration)
+        elif rows.numel():
             values = self.measure(X, R, rows).tolist()
             for row, value in zip(rows.tolist(), values, strict=True):
                 if value <= self.tol:
@@ -113,8 +120,11 @@ class _Watch:
         for row, outcome in enumerate(self.outcomes):
             if outcome.failed:
                 X[row] = self.residuals[row] = self.bounds[row] = float("nan")
+        products = self.A.products - started
+        if rows.numel() and not final:
+            return Solution(X, self.outcomes, self.iterations, None, None, products)
         bounds = self.bounds.tolist() if self.damping is not None else None
-        return Solution(X, self.outcomes, self.iterations, self.residuals.tolist(), bounds, self.A.products - started)
+        return Solution(X, self.outcomes, self.iterations, self.residuals.tolist(), bounds, products)
 
 
 def _start(A: Operator, V: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -141,6 +151,8 @@ def block_cg(
     tol: float = 1e-2,
     max_iterations: int = 200,
     bound: bool = True,
+    final: bool = True,
+    after: Callable[[int, Tensor, Tensor], None] = lambda *_: None,
 ) -> Solution:
     """Solve ``A x_q = v_q`` for all rows in one Krylov space, which every query searches.
 
@@ -153,6 +165,10 @@ def block_cg(
         V: ``[Q, D]``.
         precondition: ``[q, D] → [q, D]``, symmetric positive definite, about ``A⁻¹``.
         x0: where to start; default 0.
+        final: measure queries that ran out of iterations, by one more product each; else there are no residuals where
+            any did.
+        after: called with the iteration's number, ``X`` and its residuals by the recurrence, at the start (0) and after
+            every iteration.
 
     Returns:
         A :class:`Solution`; queries whose operator turned out indefinite or whose iterate is not finite are
@@ -162,7 +178,7 @@ def block_cg(
     """
     started = A.products
     X, R = _start(A, V, x0)
-    watch = _Watch(A, V, tol, _damping(A, bound))
+    watch = _Watch(A, V, tol, _damping(A, bound), after)
     iteration = 0
     P = AP = T = None
     running = watch.step(X, R, 0)
@@ -185,7 +201,7 @@ def block_cg(
         X[rows] += step @ P
         R[rows] -= step @ AP
         running = watch.step(X, R, iteration)
-    return watch.finish(X, R, iteration, started)
+    return watch.finish(X, R, iteration, started, final)
 
 
 def _orthonormal(W: Tensor) -> Tensor:
@@ -220,6 +236,8 @@ def cg(
     tol: float = 1e-2,
     max_iterations: int = 1000,
     bound: bool = True,
+    final: bool = True,
+    after: Callable[[int, Tensor, Tensor], None] = lambda *_: None,
 ) -> Solution:
     """Solve ``A x_q = v_q`` by one conjugate-gradient recurrence a query; the queries share batches of products only.
 
@@ -227,7 +245,7 @@ def cg(
     """
     started = A.products
     X, R = _start(A, V, x0)
-    watch = _Watch(A, V, tol, _damping(A, bound))
+    watch = _Watch(A, V, tol, _damping(A, bound), after)
     iteration = 0
     P = torch.zeros_like(V)
     rho = torch.ones(V.shape[0], dtype=V.dtype, device=V.device)
@@ -254,4 +272,4 @@ def cg(
         X[rows] += alpha * P[rows]
         R[rows] -= alpha * AP
         running = watch.step(X, R, iteration)
-    return watch.finish(X, R, iteration, started)
+    return watch.finish(X, R, iteration, started, final)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 import pyinf
-from benchmarks.board.rows import DOCUMENTS, ITERATIONS, ROWS
+from benchmarks.board.rows import ITERATIONS, ROWS, TRAIN
 from pyinf.evaluate import ready_protocol
 from pyinf.methods.options import settle
-from pyinf.plan import default_token_budget
 
 ATTRIBUTOR = {"fisher", "damping_mode", "certify"}
 
@@ -19,10 +17,9 @@ def test_refinement_has_one_budget_in_both_libraries(steps):
     own, other = ROWS[f"ekfac_cg_{steps}"], ROWS[f"bergson_ekfac_cg_{steps}"]
     assert own.dampings == other.dampings
     assert own.options["max_iterations"] == other.options["steps"] == steps
-    # Batches are filled up to the token budget of the CPU; sequences of the protocol are of one length.
-    length = ready_protocol("small").length
-    per_batch = default_token_budget(torch.device("cpu")) // length
-    assert own.options["fit_batches"] * per_batch == other.options["documents"] == DOCUMENTS
+    # All training sequences in the curvature of both: no sample that the one could be luckier with than the other.
+    assert other.options["documents"] == TRAIN == ready_protocol("small").train_size
+    assert own.options.get("fit_batches") is None
 
 
 def test_every_row_of_pyinf_has_options_that_its_method_takes():

@@ -181,9 +181,21 @@ def test_any_method_with_factors_can_be_refined(world):
         world.fitted("grad_dot").score(QUERIES, TRAIN, tol=0.1)
     with pytest.raises(ConfigError, match="tol is 2"):
         attributor.score(QUERIES, TRAIN, tol=2)
-    short = world.fitted("ekfac_cg", max_iterations=2).score(QUERIES, TRAIN, tol=1e-9)
+    short = world.fitted("ekfac_cg", max_iterations=2, certify=False).score(QUERIES, TRAIN, tol=1e-9)
     assert {e["verdict"] for e in short.certificate} <= {"approximate", "not to be trusted"}
     assert "stopped after 2 iterations" in short.certificate[0]["reason"]
+
+
+def test_the_last_product_is_saved_where_nobody_wants_a_certificate(world, monkeypatch):
+    import pyinf.methods.solvers as solvers
+
+    real, found = solvers.SOLVERS["cg"], []
+    monkeypatch.setitem(solvers.SOLVERS, "cg", lambda problem: found.append(real(problem)) or found[-1])
+    measured = world.fitted("ekfac_cg", max_iterations=2).score(QUERIES, TRAIN)
+    plain = world.fitted("ekfac_cg", max_iterations=2, certify=False).score(QUERIES, TRAIN)
+    assert torch.equal(measured.values, plain.values)
+    assert measured.certificate is not None and plain.certificate is None
+    assert found[0].products - found[1].products == len(QUERIES) and found[1].residuals is None
 
 
 def test_silent_queries_have_a_certificate(world):

@@ -70,6 +70,21 @@ def test_conjugate_gradients_reach_the_dense_solve(solve, preconditioned):
     assert preconditioned is False or max(found.iterations) < 30
 
 
+@pytest.mark.parametrize("solve", [block_cg, cg])
+def test_iterates_are_shown_and_the_last_product_may_be_saved(solve):
+    case, seen = Case(), []
+    note = lambda iteration, X, R: seen.append((iteration, X.clone(), R.clone()))  # noqa: E731
+    found = solve(case.operator, case.V, case.precondition, case.precondition(case.V), 1e-10, 2, after=note)
+    assert [iteration for iteration, _, _ in seen] == [0, 1, 2] and torch.equal(seen[-1][1], found.X)
+    for _, X, R in seen:
+        assert oracle.error(R, case.V - X @ case.A) < 1e-9
+    short = solve(case.operator, case.V, case.precondition, case.precondition(case.V), 1e-10, 2, final=False)
+    assert torch.equal(short.X, found.X) and short.products == found.products - Q
+    assert short.residuals is None and short.bounds is None and "was not measured" in short.outcomes[0].reason
+    whole = solve(case.operator, case.V, case.precondition, None, 1e-10, 500, final=False)
+    assert all(whole.solved) and whole.residuals is not None and max(whole.residuals) <= 1e-10
+
+
 def test_the_block_shares_its_search_space():
     case = Case(1e6)
     one, many = (f(case.operator, case.V, tol=1e-6, max_iterations=5000, bound=False) for f in (cg, block_cg))
