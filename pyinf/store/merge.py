@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pyinf import artifacts, progress
-from pyinf.errors import ArtifactError, ConfigError
+from pyinf.errors import ArtifactError, ConfigError, ResourceError
 from pyinf.store import format as fmt
 from pyinf.store.format import JOURNAL, StoreSpec
 from pyinf.store.idset import duplicates
@@ -109,6 +109,9 @@ def compact(directory: str | Path, shard_rows: int | None = None, verify: bool =
         for path in directory.glob("index-*"):
             path.unlink()
         shutil.rmtree(work)
+    except ResourceError:  # give back what filled the disk
+        shutil.rmtree(work, ignore_errors=True)
+        raise
     finally:
         lock.release()
     return Store.open(directory)

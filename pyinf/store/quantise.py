@@ -143,6 +143,8 @@ def encode(rows: Tensor, sections: Sequence[Section], format: str) -> np.ndarray
         bad = int((~torch.isfinite(x).all(1)).nonzero()[0])
         raise NonFiniteError(f"row {bad} of {x.shape[0]} holds NaN or infinity; look at the gradient of that example")
     out = torch.zeros(x.shape[0], size, dtype=torch.uint8)
+    if not len(x):
+        return out.numpy()
     dtype, first = _SCALE[format], value_bytes(sections, format)
     for run in _runs(sections, format):
         part = x[:, run.column : run.column + run.count * run.width].reshape(len(x), run.count, run.width)

@@ -193,6 +193,11 @@ def test_a_merge_on_a_full_disk_says_so(tmp_path, monkeypatch):
     )
     with pytest.raises(ResourceError, match="no space left"):
         merge([s.directory for s in stores], tmp_path / "out")
+    with pytest.raises(ResourceError, match="no space left"):
+        compact(tmp_path / "a")
+    assert not (tmp_path / "a" / "compacting").exists()
+    monkeypatch.undo()
+    assert Store.open(tmp_path / "a", verify=True).count == 20
 
 
 def test_memory_of_a_merge_does_not_grow_with_the_stores(tmp_path):
