@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from pyinf.curvature.eigen import eigenbasis
+from pyinf.curvature.eigen import eigenbasis, solved_together
+from pyinf.curvature.eigen_gpu import batched_eigh
 from pyinf.errors import ConfigError
 
-__all__ = ["block_bounds", "block_eigenbasis", "check_block"]
+__all__ = ["block_bounds", "block_eigenbases", "block_eigenbasis", "check_block", "factor_label"]
 
 
 def check_block(limit: int | None) -> int | None:
@@ -22,6 +24,11 @@ def check_block(limit: int | None) -> int | None:
     if limit is None or (isinstance(limit, int) and not isinstance(limit, bool) and limit >= 1):
         return limit
     raise ConfigError(f"factor_block is {limit!r}; give the widest block to decompose, or None to split none")
+
+
+def factor_label(kind: str, name: str) -> str:
+    """What errors call the factor of a layer: ``kind`` is "A" (its input) or "S" (its output gradient)."""
+    return f"the input of layer '{name}'" if kind == "A" else f"the output gradient of layer '{name}'"
 
 
 def block_bounds(width: int, limit: int | None) -> list[int]:
@@ -60,3 +67,22 @@ def block_eigenbasis(
         block = slice(start, stop)
         basis[block, block], values[block] = eigenbasis(matrix[block, block].contiguous(), solver, name)
     return basis, values
+
+
+def block_eigenbases(
+    matrices: Mapping[str, Tensor], solver: str = "auto", limit: int | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The decompositions of those of ``matrices`` (by a name for errors) that are best done together, in batches; the
+    others are left to :func:`block_eigenbasis`. In float64, as there for factors this small.
+
+    Raises:
+        NonFiniteError: as :func:`pyinf.curvature.eigenbasis`.
+    """
+    chosen = {
+        name: matrix
+        for name, matrix in matrices.items()
+        if solved_together(matrix, solver) and len(block_bounds(matrix.shape[0], limit)) == 2
+    }
+    if len(chosen) < 2:
+        return {}
+    return dict(zip(chosen, batched_eigh(list(chosen.values()), names=list(chosen)), strict=True))

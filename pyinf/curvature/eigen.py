@@ -14,7 +14,7 @@ from torch import Tensor
 from pyinf.curvature.eigen_gpu import divide_and_conquer
 from pyinf.errors import ConfigError, NonFiniteError
 
-__all__ = ["EIGENSOLVERS", "SMALL_FACTOR", "EigenResidual", "eigenbasis", "residuals"]
+__all__ = ["EIGENSOLVERS", "SMALL_FACTOR", "EigenResidual", "eigenbasis", "residuals", "solved_together"]
 
 EIGENSOLVERS = {
     "auto": "LAPACK or cuSOLVER in fp32, in fp64 up to 512 rows, where it costs next to nothing",
@@ -34,6 +34,14 @@ class EigenResidual:
 
     decomposition: float
     orthogonality: float
+
+
+def solved_together(matrix: Tensor, solver: str = "auto") -> bool:
+    """Whether factors like this one are decomposed in one batched call for all of one size
+    (:func:`pyinf.curvature.eigen_gpu.batched_eigh`) rather than each by :func:`eigenbasis`: small ones on a GPU, where
+    a launch costs more than the work. On a CPU a batch is the same loop over LAPACK, and one copy more.
+    """
+    return matrix.is_cuda and matrix.shape[0] <= SMALL_FACTOR and solver in ("auto", "fp64")
 
 
 def eigenbasis(matrix: Tensor, solver: str = "auto", name: str = "factor") -> tuple[Tensor, Tensor]:

@@ -261,7 +261,10 @@ def check_decomposition(A: Tensor, Q: Tensor, values: Tensor, tolerance: float, 
 
 
 def batched_eigh(
-    matrices: Sequence[Tensor], dtype: torch.dtype | None = torch.float64, most: int = 1 << 28
+    matrices: Sequence[Tensor],
+    dtype: torch.dtype | None = torch.float64,
+    most: int = 1 << 28,
+    names: Sequence[str] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """``(Q, d)`` of every matrix, in the order given: those of one size in one batched ``torch.linalg.eigh``.
 
@@ -269,13 +272,15 @@ def batched_eigh(
     Computed in ``dtype`` (None: the matrices' own), returned in theirs; ``d ≥ 0``, ascending; lower triangles are
     read. At most ``most`` elements are stacked at once.
 
-    Raises ``NonFiniteError`` where a matrix or a result is not finite; it names the position.
+    Raises ``NonFiniteError`` where a matrix or a result is not finite; it names the matrix by ``names``, else by its
+    position.
     """
+    names = names if names is not None else [f"matrix {i}" for i in range(len(matrices))]
     out: list[tuple[Tensor, Tensor] | None] = [None] * len(matrices)
     groups: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
     for i, matrix in enumerate(matrices):
         if not bool(torch.isfinite(matrix.diagonal()).all()):
-            raise NonFiniteError(f"matrix {i} is not finite; run the model in a wider dtype")
+            raise NonFiniteError(f"the covariance of {names[i]} is not finite; run the model in a wider dtype")
         groups.setdefault((matrix.shape[0], matrix.dtype, matrix.device), []).append(i)
     for (n, own, _), members in groups.items():
         step = max(1, most // max(n * n, 1))
@@ -286,6 +291,6 @@ def batched_eigh(
             for position, i in enumerate(part):
                 Q, d = vectors[position].to(own).contiguous(), values[position].to(own).clamp_(min=0)
                 if not bool(torch.isfinite(d).all()) or not bool(torch.isfinite(Q).all()):
-                    raise NonFiniteError(f"the eigendecomposition of matrix {i} is not finite")
+                    raise NonFiniteError(f"the eigendecomposition of {names[i]} is not finite")
                 out[i] = (Q, d)
     return [pair for pair in out if pair is not None]

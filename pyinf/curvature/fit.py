@@ -14,7 +14,7 @@ from torch import Tensor
 from pyinf import ops, progress
 from pyinf.capture import CapturedBatch, Consumer, Layer, LayerSelection, PassSource
 from pyinf.checkpoint import Checkpoint
-from pyinf.curvature.blocks import block_eigenbasis, check_block
+from pyinf.curvature.blocks import block_eigenbases, block_eigenbasis, check_block, factor_label
 from pyinf.curvature.eigen import SMALL_FACTOR
 from pyinf.curvature.factors import Factors, InputFactor, LayerFactor
 from pyinf.curvature.rotate import (
@@ -268,15 +268,26 @@ def _eigenbases(
     bases: dict[str, Tensor | None] = {}
     spectra: dict[str, Tensor | None] = {}
     with progress.stage("eigenbases", len(covariances.A) + len(covariances.S), "factors") as running:
+        for kind, sums in (("A", covariances.A), ("S", covariances.S)):
+            for name, total in sums.items():
+                total.div_(max(1, covariances.rows[f"{kind}:{name}"]))
+        ready = block_eigenbases(
+            {
+                factor_label(kind, name): matrix
+                for kind in ("A", "S")
+                for name, matrix in getattr(covariances, kind).items()
+            },
+            solver,
+            limit,
+        )
         for group in list(covariances.A):
-            matrix = covariances.A.pop(group).div_(max(1, covariances.rows[f"A:{group}"]))
-            basis, values = block_eigenbasis(matrix, solver, f"the input of layer '{group}'", limit)
+            matrix, where = covariances.A.pop(group), factor_label("A", group)
+            basis, values = ready.pop(where, None) or block_eigenbasis(matrix, solver, where, limit)
             inputs[group] = InputFactor(basis.to(dtype), values.to(dtype), covariances.rows[f"A:{group}"])
             running.advance(1)
         for name in list(covariances.S):
-            matrix = covariances.S.pop(name).div_(max(1, covariances.rows[f"S:{name}"]))
-            where = f"the output gradient of layer '{name}'"
-            basis, values = block_eigenbasis(matrix, solver, where, limit)
+            matrix, where = covariances.S.pop(name), factor_label("S", name)
+            basis, values = ready.pop(where, None) or block_eigenbasis(matrix, solver, where, limit)
             bases[name], spectra[name] = basis.to(dtype), values.to(dtype)
             running.advance(1)
     timings["eigendecomposition"] = timings.get("eigendecomposition", 0.0) + time.perf_counter() - started

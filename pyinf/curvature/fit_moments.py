@@ -12,7 +12,7 @@ from torch import Tensor
 from pyinf import progress
 from pyinf.capture import PassSource
 from pyinf.checkpoint import Checkpoint
-from pyinf.curvature.blocks import block_eigenbasis, check_block
+from pyinf.curvature.blocks import block_eigenbases, block_eigenbasis, check_block, factor_label
 from pyinf.curvature.factors import Factors, InputFactor
 from pyinf.curvature.fit import (
     _assemble,
@@ -159,15 +159,21 @@ def _decompose(
     bases: dict[str, Tensor | None] = {}
     spectra: dict[str, Tensor | None] = {}
     with progress.stage("eigenbases", 2 * len(moments.A), "factors") as running:
-        for name in list(moments.A):
+        matrices: dict[str, Tensor] = {}
+        for name in moments.A:
             divisor = moments.divisor(name, sequences)
-            matrix = moments.A.pop(name).div_(divisor)
-            basis, values = block_eigenbasis(matrix, solver, f"the input of layer '{name}'", limit)
-            inputs[name] = InputFactor(basis, values, moments.rows[f"A:{name}"])
-            matrix = moments.S.pop(name).div_(divisor)
-            bases[name], spectra[name] = block_eigenbasis(
-                matrix, solver, f"the output gradient of layer '{name}'", limit
-            )
+            matrices[factor_label("A", name)] = moments.A[name].div_(divisor)
+            matrices[factor_label("S", name)] = moments.S[name].div_(divisor)
+        ready = block_eigenbases(matrices, solver, limit)
+        for name in list(moments.A):
+            del moments.A[name], moments.S[name]
+            input_side, output_side = factor_label("A", name), factor_label("S", name)
+            found = [
+                ready.pop(side, None) or block_eigenbasis(matrices.pop(side), solver, side, limit)
+                for side in (input_side, output_side)
+            ]
+            inputs[name] = InputFactor(*found[0], moments.rows[f"A:{name}"])
+            bases[name], spectra[name] = found[1]
             running.advance(2)
     timings["eigendecomposition"] = timings.get("eigendecomposition", 0.0) + time.perf_counter() - started
     return inputs, bases, spectra

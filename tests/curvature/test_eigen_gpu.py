@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyinf.curvature import EIGENSOLVERS, eigenbasis, residuals
+from pyinf.curvature import EIGENSOLVERS, blocks, eigenbasis, fit, residuals
 from pyinf.curvature import eigen_gpu as gpu
+from pyinf.curvature.eigen import solved_together
 from pyinf.errors import ConfigError, NonFiniteError
 
 N = 150
@@ -129,3 +130,47 @@ def test_batches_of_one_size_are_one_call(monkeypatch):
     with pytest.raises(NonFiniteError, match="matrix 1"):
         gpu.batched_eigh([torch.eye(3), torch.full((3, 3), float("nan"))])
     assert gpu.batched_eigh([]) == []
+
+
+def _sums(seed: int = 0) -> fit._Covariances:
+    """Covariance sums of four layers, two of which share an input; one factor is wider than small ones are."""
+    covariances = fit._Covariances()
+    generator = torch.Generator().manual_seed(seed)
+    for kind, name, width in (("A", "q", 7), ("A", "up", 5), ("S", "q", 7), ("S", "k", 7), ("S", "up", 12)):
+        x = torch.randn(40, width, generator=generator)
+        getattr(covariances, kind)[name] = x.T @ x
+        covariances.rows[f"{kind}:{name}"] = 40
+    return covariances
+
+
+def test_small_factors_are_decomposed_together(monkeypatch):
+    """As on a GPU: those of one size in one call, the others one by one; the same factors, errors with their names."""
+    plain = fit._eigenbases(_sums(), "auto", {}, None, torch.float32)
+    batches, solve = [], torch.linalg.eigh
+    monkeypatch.setattr(blocks, "solved_together", lambda matrix, solver: matrix.shape[0] <= 7 and solver == "auto")
+    monkeypatch.setattr(torch.linalg, "eigh", lambda x, UPLO="L": batches.append(tuple(x.shape)) or solve(x, UPLO=UPLO))
+    together = fit._eigenbases(_sums(), "auto", {}, None, torch.float32)
+    assert sorted(batches) == [(1, 5, 5), (3, 7, 7), (12, 12)]
+    for old, new in zip(plain[1:], together[1:], strict=True):
+        assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+    for name, factor in plain[0].items():
+        assert torch.equal(factor.basis, together[0][name].basis)
+        assert torch.equal(factor.eigenvalues, together[0][name].eigenvalues)
+    batches.clear()
+    fit._eigenbases(_sums(), "auto", {}, 6, torch.float32)  # blocks of six: no factor of seven is whole
+    assert (3, 7, 7) not in batches
+    broken = _sums()
+    broken.S["k"][0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match="output gradient of layer 'k'"):
+        fit._eigenbases(broken, "auto", {}, None, torch.float32)
+
+
+def test_where_factors_are_decomposed_together():
+    """Small ones on a GPU, for solvers that take float64 there."""
+
+    class OnGpu:
+        is_cuda, shape = True, (512, 512)
+
+    assert solved_together(OnGpu()) and solved_together(OnGpu(), "fp64") and not solved_together(OnGpu(), "fp32")
+    OnGpu.shape = (513, 513)
+    assert not solved_together(OnGpu()) and not solved_together(torch.eye(4))
