@@ -1,7 +1,9 @@
 """Which tile sizes a kernel takes on which card. Every kernel module holds a table ``CONFIGS[family][kind]``.
 
 Families are "sm_80" (163 KiB of shared memory a block), "sm_86" and "sm_89" (99 KiB), "sm_90" (227 KiB) and "default":
-what any other card gets, small enough for 99 KiB.
+what any other card gets, small enough for 99 KiB. Rows whose name ends in :data:`OLD` ("default old", "sm_90 old") go
+before all others where Triton is older than 3.6: its register allocation and layouts differ, and some tiles that fit
+later spill there, or stop the compiler.
 """
 
 from __future__ import annotations
@@ -12,10 +14,13 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import triton
 
-__all__ = ["FAMILIES", "Config", "Table", "all_configs", "family_of", "lookup"]
+__all__ = ["FAMILIES", "OLD", "Config", "Table", "all_configs", "family_of", "is_old", "lookup"]
 
 FAMILIES = ("sm_80", "sm_86", "sm_89", "sm_90")
+OLD = " old"
+"""What the name of a row for Triton before 3.6 ends in."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +52,21 @@ def family_of(device: torch.device) -> str:
     return name if name in FAMILIES else "default"
 
 
+@lru_cache(maxsize=1)
+def is_old() -> bool:
+    """Whether this is a Triton before 3.6."""
+    major, minor = triton.__version__.split(".")[:2]
+    return (int(major), int(minor)) < (3, 6)
+
+
 def lookup(table: Table, family: str, kind: str) -> Config:
-    """The entry of a family, else of "default"."""
-    row = table.get(family, table["default"])
-    return row.get(kind) or table["default"][kind]
+    """The entry of a family, else of "default"; before these, what old releases of Triton need."""
+    if is_old():
+        for row in (family + OLD, "default" + OLD):
+            if kind in table.get(row, {}):
+                return table[row][kind]
+    entries = table.get(family, table["default"])
+    return entries.get(kind) or table["default"][kind]
 
 
 def all_configs(table: Table, family: str) -> Iterator[tuple[str, Config]]:

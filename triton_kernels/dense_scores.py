@@ -28,7 +28,16 @@ from .tiles import (
     token_tile_sequences,
 )
 
-__all__ = ["SEQUENCE_CONFIGS", "TOKEN_CONFIGS", "aot_cases", "by_sequence", "by_token", "sequence_plan", "token_plan"]
+__all__ = [
+    "SEQUENCE_CONFIGS",
+    "TOKEN_CONFIGS",
+    "aot_cases",
+    "by_sequence",
+    "by_token",
+    "rows_aligned",
+    "sequence_plan",
+    "token_plan",
+]
 
 
 @triton.jit
@@ -184,6 +193,7 @@ def _tokens(bm: int, bn: int, bk: int, warps: int, stages: int) -> Config:
 
 _SMALL_SHARED = {
     "half": _sequences(2, 64, 128, 32, 8, 3),
+    "half_odd": _sequences(2, 64, 128, 32, 8, 3),
     "half_small": _sequences(1, 64, 64, 32, 4, 3),
     "ieee": _sequences(1, 64, 64, 16, 8, 2),
     "tf32": _sequences(1, 64, 64, 32, 4, 2),
@@ -193,10 +203,15 @@ SEQUENCE_CONFIGS: Mapping[str, Mapping[str, Config]] = {
     "default": _SMALL_SHARED,
     "sm_86": _SMALL_SHARED,
     "sm_89": _SMALL_SHARED,
-    "sm_80": {**_SMALL_SHARED, "half": _sequences(2, 128, 64, 32, 8, 3, 3)},
+    "sm_80": {
+        **_SMALL_SHARED,
+        "half": _sequences(2, 128, 64, 32, 8, 3, 3),
+        "half_odd": _sequences(2, 128, 64, 32, 8, 3, 3),
+    },
     "sm_90": {
         **_SMALL_SHARED,
         "half": _sequences(4, 128, 64, 64, 8, 3, 2),
+        "half_odd": _sequences(2, 128, 64, 64, 8, 3, 2),
         "half_small": _sequences(1, 64, 64, 64, 4, 3),
     },
 }
@@ -214,8 +229,9 @@ TOKEN_CONFIGS: Mapping[str, Mapping[str, Config]] = {
     "sm_80": {**_TOKENS_SMALL, "half": _tokens(128, 128, 64, 8, 3)},
     "sm_90": {**_TOKENS_SMALL, "half": _tokens(128, 128, 64, 8, 4)},
 }
-"""Kinds: half precision with large and small tiles, float32 by its precision. Chosen by what compiles without spills;
-not measured yet."""
+"""Kinds: half precision with large and small tiles, by sequence also large ones for queries whose rows no 16-byte load
+fits (their addresses need registers); float32 by its precision. Chosen by what compiles without spills; not measured
+yet."""
 
 _SUMS = Config({"BP": 4, "BT": 512}, num_warps=4, num_stages=2)
 
@@ -225,11 +241,13 @@ def _processors(family: str) -> int:
 
 
 def sequence_plan(
-    sequences: int, d_out: int, d_in: int, dtype: torch.dtype, precision: str, family: str
+    sequences: int, d_out: int, d_in: int, dtype: torch.dtype, precision: str, family: str, aligned: bool = True
 ) -> tuple[Config, int]:
-    """(configuration, tiles): small tiles where large ones would not fill the card."""
+    """(configuration, tiles): small tiles where large ones would not fill the card. ``aligned``: whether the rows of
+    the queries start on 16 bytes and are whole numbers of them.
+    """
     kind = kind_of(dtype, precision)
-    for name in (kind, "half_small") if kind == "half" else (kind,):
+    for name in ("half" if aligned else "half_odd", "half_small") if kind == "half" else (kind,):
         config = lookup(SEQUENCE_CONFIGS, family, name)
         tiles = triton.cdiv(d_out, config.constants["BM"]) * triton.cdiv(d_in, config.constants["BN"])
         if tiles * triton.cdiv(sequences, config.constants["BB"]) >= _processors(family):
@@ -251,6 +269,12 @@ def token_plan(
     return config, max(1, min(blocks, triton.cdiv(_processors(family), max(programs, 1))))
 
 
+def rows_aligned(V: Tensor) -> bool:
+    """Whether Triton can read the rows of ``V [Q, d_out, d_in]`` in 16-byte pieces."""
+    strides = V.stride(2) == 1 and V.stride(1) % 16 == 0 and V.stride(0) % 16 == 0
+    return strides and V.shape[2] % 16 == 0 and (V.is_meta or V.data_ptr() % 16 == 0)
+
+
 def by_sequence(
     scores: Tensor,
     g: Tensor,
@@ -270,7 +294,8 @@ def by_sequence(
     queries, sequences = scores.shape
     d_out, d_in = V.shape[1:]
     if config is None:
-        config = sequence_plan(sequences, d_out, d_in, g.dtype, precision, family_of(g.device))[0]
+        family = family_of(g.device)
+        config = sequence_plan(sequences, d_out, d_in, g.dtype, precision, family, rows_aligned(V))[0]
     tiles = partial.shape[2]
     arguments = {
         "partial": partial, "g": g, "a": a, "V": V, "offsets": offsets, "sequences": sequences, "queries": queries,
@@ -358,12 +383,13 @@ def aot_cases(arch: str) -> Iterator[tuple[str, Launch, dict[str, Any]]]:
                     continue
                 tiles = triton.cdiv(4096, config.constants["BM"]) * triton.cdiv(1024, config.constants["BN"])
                 partial = _meta(8, 16, tiles)
-                found = by_sequence(_meta(16, 8), g, a, offsets, V, partial, precision, config)
-                yield f"{name}-same", found[0], claims
-                if dtype == torch.bfloat16:
+                if kind != "half_odd":
+                    found = by_sequence(_meta(16, 8), g, a, offsets, V, partial, precision, config)
+                    yield f"{name}-same", found[0], claims
+                if dtype == torch.bfloat16 and kind != "half_odd":
                     found = by_sequence(_meta(16, 8), g, a, offsets, V.float(), partial, precision, config)
                     yield f"{name}-float32", found[0], claims
-                if dtype != torch.float16:
+                if dtype != torch.float16 and kind != "half":
                     odd = _meta(16, 4096, 1001, dtype=dtype)[:, :4093]
                     found = by_sequence(_meta(16, 8), g, a, offsets, odd, partial, precision, config)
                     yield f"{name}-odd", found[0], claims

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pyinf.errors import ConfigError
 from pyinf.ops.packing import accumulator_dtype, pack, unpack_tokens
-from pyinf.ops.philox import DISTRIBUTIONS
 
 __all__ = [
     "accumulate_covariance",
@@ -23,6 +22,7 @@ __all__ = [
     "gradient_dot",
     "gradient_norm",
     "low_rank_scores",
+    "need_accumulator",
     "precondition",
     "precondition_low_rank",
     "symmetrize_",
@@ -36,7 +36,10 @@ def _need(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _need_accumulator(name: str, tensor: Tensor, shape: tuple[int, ...], *inputs: Tensor) -> None:
+def need_accumulator(name: str, tensor: Tensor, shape: tuple[int, ...], *inputs: Tensor) -> None:
+    """Raise ``ConfigError`` unless ``tensor`` can take sums over ``inputs``: its shape, a dtype that sums are kept in,
+    and their device. ``name`` is what the message calls it.
+    """
     dtype = accumulator_dtype(*inputs)
     _need(tuple(tensor.shape) == shape, f"{name} must have the shape {shape}; got {tuple(tensor.shape)}")
     _need(
@@ -59,7 +62,7 @@ def accumulate_covariance(C: Tensor, x: Tensor, bias: bool = False, mask: Tensor
     d = x.shape[-1]
     _need(x.dim() in (2, 3), f"x must be [N, d] or [B, T, d]; got {tuple(x.shape)}")
     _need(mask is None or mask.shape == x.shape[:-1], "mask must have the shape of x without its last dimension")
-    _need_accumulator("C", C, (d + bias, d + bias), x)
+    need_accumulator("C", C, (d + bias, d + bias), x)
     if x.dim() == 3:
         x = x.reshape(-1, d)
         mask = None if mask is None else mask.reshape(-1)
@@ -91,7 +94,7 @@ def accumulate_squared_gradients(
     operations, one read and write of Lam, one read of g and a per cache block.
     """
     packed = pack(g, a, offsets, mask)
-    _need_accumulator("Lam", Lam, (packed.g.shape[1], packed.a.shape[1]), packed.g, packed.a)
+    need_accumulator("Lam", Lam, (packed.g.shape[1], packed.a.shape[1]), packed.g, packed.a)
     torch.ops.pyinf.accumulate_squared_gradients(Lam, packed.g, packed.a, packed.offsets)
     return Lam
 
@@ -151,7 +154,7 @@ def precondition_low_rank(
 def _scores_buffer(out: Tensor | None, queries: int, columns: int, *inputs: Tensor) -> Tensor:
     if out is None:
         return torch.zeros(queries, columns, dtype=accumulator_dtype(*inputs), device=inputs[0].device)
-    _need_accumulator("out", out, (queries, columns), *inputs)
+    need_accumulator("out", out, (queries, columns), *inputs)
     return out
 
 
@@ -235,11 +238,3 @@ def gradient_norm(g: Tensor, a: Tensor, offsets: Tensor | None = None, mask: Ten
     """
     packed = pack(g, a, offsets, mask)
     return torch.ops.pyinf.gradient_norm(packed.g, packed.a, packed.offsets)
-
-
-def need_distribution(distribution: str) -> None:
-    """Raise ``ConfigError`` for a name that is not a distribution of random projections."""
-    _need(
-        distribution in DISTRIBUTIONS,
-        f"unknown distribution {distribution!r}; choose one of: {', '.join(DISTRIBUTIONS)}",
-    )

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pyinf.errors import ConfigError
-from pyinf.ops.api import need_distribution
 from pyinf.ops.packing import accumulator_dtype, bounds, pack
+from pyinf.ops.projection_options import need_options
 
 __all__ = [
     "project_gradients",
@@ -22,7 +22,6 @@ __all__ = [
     "sparse_projection_factors",
 ]
 
-EPILOGUES = ("float32", "bfloat16", "int8", "sign")
 FORMATS = ("bfloat16", "int8", "1bit")
 
 
@@ -49,9 +48,7 @@ def project_gradients(
     Cost: ``2N(d_out·k_g + d_in·k_a + k_g·k_a)`` operations, one read of g and a.
     """
     packed = pack(g, a, offsets, mask)
-    need_distribution(distribution)
-    if epilogue not in EPILOGUES:
-        raise ConfigError(f"unknown epilogue {epilogue!r}; choose one of: {', '.join(EPILOGUES)}")
+    need_options(distribution, epilogue)
     sizes = []
     for name, P, k, d in (("g", P_g, k_g, packed.g.shape[1]), ("a", P_a, k_a, packed.a.shape[1])):
         if P is not None and (P.dim() != 2 or P.shape[0] != d or (k is not None and k != P.shape[1])):
@@ -82,7 +79,6 @@ def random_projection(x: Tensor, k: int, seed: int = 0, distribution: str = "rad
     (``D·k/4`` for normal).
     """
     _need_flat(x, k)
-    need_distribution(distribution)
     return torch.ops.pyinf.random_projection(x, k, seed, distribution)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyinf.errors import PyinfError
 from pyinf.ops import reference, registry
 from pyinf.ops.packing import bounds
+from pyinf.ops.projection_options import empty_result, side_sizes, too_wide
 from pyinf.ops.quantise import pack_signs
 from pyinf.ops.verified import is_verified
 
@@ -30,7 +31,6 @@ else:
 _DTYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 3}
 _DISTRIBUTIONS = {"rademacher": 0, "normal": 1}
 _EPILOGUES = {"float32": 0, "bfloat16": 1, "int8": 2, "sign": 3}
-_EPILOGUE_DTYPES = {"bfloat16": torch.bfloat16, "int8": torch.int8, "sign": torch.uint8}
 _LARGEST_SIDE, _LARGEST_TOPK, _LARGEST_GRID = 128, 512, 65535
 _SEED = 0xFFFFFFFFFFFFFFFF
 
@@ -305,8 +305,7 @@ def _check_project(
         reason = f"CUDA kernels take tensors of one CUDA device; g is on {g.device}, P_g or P_a is not"
     if reason is None and any(P is not None and P.dtype == torch.float64 for P in (P_g, P_a)):
         reason = "no CUDA kernel for a float64 P_g or P_a"
-    if reason is None and max(k_g, k_a) > _LARGEST_SIDE:
-        reason = f"the CUDA kernel serves k up to {_LARGEST_SIDE}; got {k_g} and {k_a}"
+    reason = reason or too_wide("CUDA", _LARGEST_SIDE, *side_sizes(P_g, P_a, k_g, k_a))
     if reason is None and offsets.numel() - 1 > _LARGEST_GRID:
         reason = f"the CUDA kernel serves up to {_LARGEST_GRID} sequences at a time"
     return reason
@@ -327,9 +326,8 @@ def project_gradients(
     """64 tokens a block: both sides projected on tensor cores, contracted, the pieces of a sequence added in order."""
     marks = _marks(offsets, g.shape[0], g.device)
     count = marks.numel() - 1
-    shape = (count, (k_g * k_a + 7) // 8) if epilogue == "sign" else (count, k_g, k_a)
-    out = torch.empty(shape, dtype=_EPILOGUE_DTYPES.get(epilogue, torch.float32), device=g.device)
-    scale = torch.empty(count if epilogue == "int8" else 0, dtype=torch.float32, device=g.device)
+    k_g, k_a = side_sizes(P_g, P_a, k_g, k_a)
+    out, scale = empty_result(count, k_g, k_a, epilogue, g.device)
     # As plain torch does on a GPU: given matrices in the dtype of the inputs.
     given = [None if P is None else P.to(g.dtype).contiguous() for P in (P_g, P_a)]
     size = _C.cuda_project_gradients_workspace(g.shape[0], count, k_g, k_a)

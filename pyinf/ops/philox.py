@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pyinf.errors import ConfigError
 
-__all__ = ["DISTRIBUTIONS", "philox4x32", "random_matrix", "sparse_coordinates"]
+__all__ = ["DISTRIBUTIONS", "need_distribution", "philox4x32", "random_matrix", "sparse_coordinates"]
 
 DISTRIBUTIONS = ("rademacher", "normal")
 _M0, _M1, _W0, _W1, _LOW = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
@@ -55,6 +55,12 @@ def _range(start: int, stop: int, device: torch.device | str | None) -> Tensor:
     return torch.arange(start, stop, dtype=torch.int64, device=device)
 
 
+def need_distribution(distribution: str) -> None:
+    """Raise ``ConfigError`` for a name that is not a distribution of random projections."""
+    if distribution not in DISTRIBUTIONS:
+        raise ConfigError(f"unknown distribution {distribution!r}; choose one of: {', '.join(DISTRIBUTIONS)}")
+
+
 def random_matrix(
     rows: tuple[int, int],
     columns: tuple[int, int],
@@ -70,8 +76,7 @@ def random_matrix(
     Raises ``ConfigError`` for another distribution.
     """
     (i0, i1), (j0, j1) = rows, columns
-    if distribution not in DISTRIBUTIONS:
-        raise ConfigError(f"unknown distribution {distribution!r}; choose one of: {', '.join(DISTRIBUTIONS)}")
+    need_distribution(distribution)
     if i1 <= i0 or j1 <= j0:
         return torch.zeros((max(i1 - i0, 0), max(j1 - j0, 0)), dtype=dtype, device=device)
     shift = 7 if distribution == "rademacher" else 2

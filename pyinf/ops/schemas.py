@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyinf.ops.packing import accumulator_dtype
+from pyinf.ops.projection_options import EPILOGUES, need_options, result_shape, side_sizes
 from pyinf.ops.registry import dispatch
 
 SCHEMAS = {
@@ -79,10 +80,13 @@ def _gradient_norm(g: Tensor, a: Tensor, offsets: Tensor) -> Tensor:
 def _project_gradients(
     g, a, offsets, P_g, P_a, k_g, k_a, seed=0, distribution="rademacher", epilogue="float32"
 ) -> tuple[Tensor, Tensor]:
+    need_options(distribution, epilogue)
+    k_g, k_a = side_sizes(P_g, P_a, k_g, k_a)
     return dispatch("project_gradients", g, a, offsets, P_g, P_a, k_g, k_a, seed, distribution, epilogue)
 
 
 def _random_projection(x: Tensor, k: int, seed: int = 0, distribution: str = "rademacher") -> Tensor:
+    need_options(distribution)
     return dispatch("random_projection", x, k, seed, distribution)
 
 
@@ -128,13 +132,11 @@ def _fake_gradient_norm(g, a, offsets):
 
 def _fake_project_gradients(g, a, offsets, P_g, P_a, k_g, k_a, seed=0, distribution="rademacher", epilogue="float32"):
     count = offsets.shape[0] - 1
-    k_g = k_g if P_g is None else P_g.shape[1]
-    k_a = k_a if P_a is None else P_a.shape[1]
+    need_options(distribution, epilogue)
+    shape = result_shape(count, *side_sizes(P_g, P_a, k_g, k_a), epilogue)
+    dtype = accumulator_dtype(g, a) if epilogue == "float32" else EPILOGUES[epilogue]
     scale = g.new_empty((count if epilogue == "int8" else 0,), dtype=torch.float32)
-    if epilogue == "sign":
-        return g.new_empty((count, (k_g * k_a + 7) // 8), dtype=torch.uint8), scale
-    dtype = {"int8": torch.int8, "bfloat16": torch.bfloat16}.get(epilogue, accumulator_dtype(g, a))
-    return g.new_empty((count, k_g, k_a), dtype=dtype), scale
+    return g.new_empty(shape, dtype=dtype), scale
 
 
 def _fake_projection(x, k, *args, **kwargs):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyinf.ops.precision import float32_precision
+from pyinf.ops.projection_options import empty_result, side_sizes, too_wide
 from pyinf.ops.triton_backend import FLOATS, check_tensors, register_triton, run
 from pyinf.ops.triton_gradients import check_layer, device_offsets, workspace_on
 
@@ -13,7 +14,6 @@ __all__ = ["project_gradients", "random_projection", "sparse_projection"]
 
 _SIDE = 128
 _BUCKETS, _NONZEROS = 1024, 8
-_STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8, "sign": torch.uint8}
 
 
 def _precision(x: Tensor) -> str:
@@ -33,11 +33,7 @@ def _check_project(
     epilogue: str,
 ) -> str | None:
     reason = check_layer((g, a)) or check_tensors(g, P_g, P_a, dtypes=FLOATS)
-    k_g = k_g if P_g is None else P_g.shape[1]
-    k_a = k_a if P_a is None else P_a.shape[1]
-    if reason is None and max(k_g, k_a) > _SIDE:
-        reason = f"the Triton kernel projects to at most {_SIDE} columns a side; got {k_g} and {k_a}"
-    return reason
+    return reason or too_wide("Triton", _SIDE, *side_sizes(P_g, P_a, k_g, k_a))
 
 
 def project_gradients(
@@ -61,11 +57,8 @@ def project_gradients(
     device = g.device
     marks = device_offsets(offsets, g.shape[0], device)
     count = marks.numel() - 1
-    k_g = k_g if P_g is None else P_g.shape[1]
-    k_a = k_a if P_a is None else P_a.shape[1]
-    shape = (count, (k_g * k_a + 7) // 8) if epilogue == "sign" else (count, k_g, k_a)
-    out = torch.empty(shape, dtype=_STORED[epilogue], device=device)
-    scale = torch.empty(count if epilogue == "int8" else 0, dtype=torch.float32, device=device)
+    k_g, k_a = side_sizes(P_g, P_a, k_g, k_a)
+    out, scale = empty_result(count, k_g, k_a, epilogue, device)
     launches = project_launches(
         g, a, marks, P_g, P_a, k_g, k_a, seed, distribution, epilogue, out, scale if epilogue == "int8" else None,
         workspace_on(device), family_of(device), _precision(g),

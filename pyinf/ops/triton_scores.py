@@ -17,7 +17,7 @@ from pyinf.ops.precision import float32_precision
 from pyinf.ops.triton_backend import check_tensors, register_triton, run
 from pyinf.ops.triton_layout import device_offsets, near, one_device, padded, rounded
 
-__all__ = ["dense_scores", "low_rank_scores", "low_rank_scores_shared"]
+__all__ = ["dense_scores", "low_rank_scores", "low_rank_scores_shared", "prefers_low_rank"]
 
 
 def _check(scores: Tensor, g: Tensor, a: Tensor, *queries: Tensor) -> str | None:
@@ -34,7 +34,8 @@ def check_low_rank(
     return _check(scores, g, a, L, R)
 
 
-def _prefer_low_rank(scores, g, a, offsets, L, R, per_token=False) -> bool:
+def prefers_low_rank(scores, g, a, offsets, L, R, per_token=False) -> bool:
+    """Whether the factored way costs less than rebuilding the queries, which plain torch then does."""
     queries, d_out, rank = L.shape
     return per_token or costs.low_rank_is_cheaper(
         g.shape[0], d_out, a.shape[1], queries, rank, offsets.numel() - 1
@@ -137,10 +138,12 @@ def dense_scores(scores: Tensor, g: Tensor, a: Tensor, offsets: Tensor, V: Tenso
         run(kernels.by_token(scores, near(g), a, marks, V, partial, per_token, precision, config), device)
         return
     g = padded(g, tokens, rounded(d_out), dtype)
-    config, tiles = kernels.sequence_plan(sequences, d_out, d_in, dtype, precision, family)
+    V = near(V)
+    aligned = kernels.rows_aligned(V)
+    config, tiles = kernels.sequence_plan(sequences, d_out, d_in, dtype, precision, family, aligned)
     partial = torch.empty(sequences, queries, tiles, dtype=torch.float32, device=device)
-    run(kernels.by_sequence(scores, g, a, marks, near(V), partial, precision, config), device)
+    run(kernels.by_sequence(scores, g, a, marks, V, partial, precision, config), device)
 
 
-register_triton("low_rank_scores", low_rank_scores, check_low_rank, _prefer_low_rank)
+register_triton("low_rank_scores", low_rank_scores, check_low_rank, prefers_low_rank)
 register_triton("dense_scores", dense_scores, check_dense)

@@ -9,6 +9,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from pyinf.ops import triton_squares, triton_tuning
+from pyinf.triton_kernels import configs
 from pyinf.triton_kernels.configs import FAMILIES, Config, family_of, lookup
 from tests.ops.cases import make_layer
 
@@ -83,6 +84,11 @@ def test_cards_without_a_table_take_the_default(monkeypatch):
     table = {"default": {"half": DEFAULT}, "sm_90": {"half": FAST}}
     assert lookup(table, "sm_90", "half") is FAST and lookup(table, "sm_120", "half") is DEFAULT
     assert lookup({**table, "sm_80": {}}, "sm_80", "half") is DEFAULT
+    old = {**table, "default old": {"half": HUGE}, "sm_80 old": {"half": FAST}}
+    assert lookup(old, "sm_90", "half") is FAST
+    monkeypatch.setattr(configs, "is_old", lambda: True)
+    assert lookup(old, "sm_90", "half") is HUGE and lookup(old, "sm_80", "half") is FAST
+    assert lookup(table, "sm_90", "half") is FAST
     for capability, family in (((9, 0), "sm_90"), ((8, 9), "sm_89"), ((12, 0), "default")):
         family_of.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
