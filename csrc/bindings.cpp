@@ -8,6 +8,7 @@
 #include "pyinf/cpu/gradients.h"
 #include "pyinf/cpu/isa.h"
 #include "pyinf/cpu/projection.h"
+#include "pyinf/cpu/scan.h"
 #include "pyinf/dtype.h"
 #include "pyinf/philox.h"
 #include "pyinf/status.h"
@@ -75,7 +76,7 @@ void bind_cpu(py::module_& m) {
   def_raw<&pyinf::cpu::accumulate_squared_gradients>(m, "cpu_accumulate_squared_gradients");
   def_raw<&pyinf::cpu::random_projection>(m, "cpu_random_projection");
   def_raw<&pyinf::cpu::sparse_projection>(m, "cpu_sparse_projection");
-  def_raw<&pyinf::cpu::scan_signs>(m, "cpu_scan_signs");
+  def_raw<&pyinf::cpu::scan_bits>(m, "cpu_scan_bits");
   m.def(
       "philox4x32",
       [](std::uint32_t c0, std::uint32_t c1, std::uint32_t c2, std::uint32_t c3, std::uint32_t k0, std::uint32_t k1) {

@@ -10,9 +10,7 @@ namespace pyinf::cpu {
   int random_projection_##suffix(void*, int, const void*, std::int64_t, std::int64_t, int, std::int64_t, std::int64_t, \
                                  std::int64_t, std::int64_t, std::uint64_t, std::uint32_t, int);                       \
   int sparse_projection_##suffix(void*, int, const void*, std::int64_t, std::int64_t, int, std::int64_t, std::int64_t, \
-                                 std::int64_t, std::int64_t, std::uint64_t, std::uint32_t, int);                       \
-  int scan_signs_##suffix(const std::uint8_t*, std::int64_t, const std::uint8_t*, std::int64_t, std::int64_t,          \
-                          std::int64_t, const float*, std::int64_t, float*, std::int64_t*, int)
+                                 std::int64_t, std::int64_t, std::uint64_t, std::uint32_t, int)
 PYINF_DECLARE(avx2);
 PYINF_DECLARE(avx512);
 
@@ -31,14 +29,6 @@ int sparse_projection(void* out, int acc_dtype, const void* x, std::int64_t x_ro
   if (batch < 0 || d < 0 || k < 1 || nnz < 1 || threads < 1) return kInvalidArgument;
   return PYINF_SELECT(isa, sparse_projection_, out, acc_dtype, x, x_row, x_column, x_dtype, batch, d, k, nnz, seed,
                       stream, threads);
-}
-
-int scan_signs(const std::uint8_t* queries, std::int64_t count, const std::uint8_t* rows, std::int64_t n,
-               std::int64_t bytes, std::int64_t bits, const float* scale, std::int64_t top, float* values,
-               std::int64_t* indices, int threads, int isa) {
-  if (count < 0 || n < 0 || bytes < 0 || top < 0 || top > n || threads < 1) return kInvalidArgument;
-  if (count == 0 || top == 0) return kOk;
-  return PYINF_SELECT(isa, scan_signs_, queries, count, rows, n, bytes, bits, scale, top, values, indices, threads);
 }
 
 }  // namespace pyinf::cpu

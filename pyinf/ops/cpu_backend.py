@@ -1,13 +1,13 @@
 """The C++ kernels of ``pyinf._C`` (csrc/cpu): checks, pointers, and where a measurement showed that they win.
 
-``PYINF_CPU_ISA`` (scalar, avx2 or avx512) caps the instruction set that the kernels may use; the default is the best
-that the processor has. ``benchmarks/cpu_ops.py`` measures what the ``_prefer`` functions say.
+``PYINF_CPU_ISA`` (scalar, avx2, avx512 or avx512popcnt) caps the instruction set that the kernels may use; the default
+is the best that the processor has. ``benchmarks/cpu_ops.py`` measures what the ``_prefer`` functions say.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,14 +23,14 @@ except ImportError as error:  # a source tree that was never built: plain torch 
     _C = None
     _missing = f"the extension pyinf._C is not built ({error}); run: pip install ."
 else:
-    _missing = None if hasattr(_C, "cpu_scan_signs") else "pyinf._C is older than these sources; run: pip install ."
+    _missing = None if hasattr(_C, "cpu_scan_bits") else "pyinf._C is older than these sources; run: pip install ."
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-_ISAS = {"scalar": 0, "avx2": 1, "avx512": 2}
+_ISAS = {"scalar": 0, "avx2": 1, "avx512": 2, "avx512popcnt": 4}
 
 
 def _isa() -> int:
-    name = os.environ.get("PYINF_CPU_ISA", "avx512") or "avx512"
+    name = os.environ.get("PYINF_CPU_ISA", "") or "avx512popcnt"
     if name not in _ISAS:
         raise ConfigError(f"PYINF_CPU_ISA={name!r}: choose one of {', '.join(_ISAS)}")
     return _ISAS[name]
@@ -174,20 +174,43 @@ def _check_scan(queries: Tensor, rows: Tensor, k: int, format: str, scale: Tenso
 def scan_topk(queries: Tensor, rows: Tensor, k: int, format: str, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """Population counts of the differing bits, the best k of each query kept in a heap."""
     bits = queries.shape[1] * (8 if queries.dtype == torch.uint8 else 1)
-    signs = (queries if queries.dtype == torch.uint8 else pack_signs(queries)).contiguous()
-    rows = rows.contiguous()
-    factor = None if scale is None else scale.float().contiguous()
+    signs = queries if queries.dtype == torch.uint8 else pack_signs(queries)
+    scales = None if scale is None else scale[:, None]
+    return scan_sections(signs, rows, k, [0, rows.shape[1]], [bits], None, scales)
+
+
+def scan_sections(
+    queries: Tensor,
+    rows: Tensor,
+    k: int,
+    starts: Sequence[int],
+    widths: Sequence[int],
+    query_scale: Tensor | None,
+    row_scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Packed signs ``[Q, bytes]`` against rows ``[N, bytes]`` in sections with a scale each; see ``csrc`` ``scan.h``.
+
+    Rows may lie any number of bytes apart. Values float32 and indices ``[Q, min(k, N)]``.
+    """
+    queries = queries.contiguous()
+    if rows.stride(1) != 1 or (rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]):
+        rows = rows.contiguous()
+    marks = torch.tensor([*starts], dtype=torch.int64), torch.tensor([*widths], dtype=torch.int64)
+    scales = [None if s is None else s.float().contiguous() for s in (query_scale, row_scale)]
     k = min(k, rows.shape[0])
-    values = torch.empty(signs.shape[0], k)
-    indices = torch.empty(signs.shape[0], k, dtype=torch.int64)
-    code = _C.cpu_scan_signs(
-        signs.data_ptr(),
-        signs.shape[0],
+    values = torch.empty(queries.shape[0], k)
+    indices = torch.empty(queries.shape[0], k, dtype=torch.int64)
+    code = _C.cpu_scan_bits(
+        queries.data_ptr(),
+        queries.shape[0],
         rows.data_ptr(),
+        rows.stride(0),
         rows.shape[0],
         rows.shape[1],
-        bits,
-        0 if factor is None else factor.data_ptr(),
+        len(widths),
+        marks[0].data_ptr(),
+        marks[1].data_ptr(),
+        *(0 if s is None else s.data_ptr() for s in scales),
         k,
         values.data_ptr(),
         indices.data_ptr(),

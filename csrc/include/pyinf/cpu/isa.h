@@ -5,7 +5,7 @@
 
 namespace pyinf::cpu {
 
-enum Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAvx512Popcnt = 4 };
 
 // The best level that this processor and operating system run (it does not look at what was compiled).
 inline Isa detect_isa() {
@@ -22,6 +22,19 @@ inline Isa detect_isa() {
   return level;
 #else
   return kGeneric;
+#endif
+}
+
+// Whether the processor counts bits in vectors (AVX-512 VPOPCNTDQ), which goes with no level of its own.
+inline bool has_vpopcntdq() {
+#if (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
+  static const bool has = [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512vpopcntdq") != 0;
+  }();
+  return has;
+#else
+  return false;
 #endif
 }
 

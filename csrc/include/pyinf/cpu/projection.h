@@ -1,4 +1,4 @@
-// Random projections whose matrix is drawn while it is used, and the scan of stored sign bits.
+// Random projections whose matrix is drawn while it is used.
 #pragma once
 
 #include <cstdint>
@@ -16,12 +16,5 @@ int random_projection(void* out, int acc_dtype, const void* x, std::int64_t x_ro
 int sparse_projection(void* out, int acc_dtype, const void* x, std::int64_t x_row, std::int64_t x_column, int x_dtype,
                       std::int64_t batch, std::int64_t d, std::int64_t k, std::int64_t nnz, std::uint64_t seed,
                       std::uint32_t stream, int threads, int isa);
-
-// The `top` best rows of packed sign bits for each query: score = bits − 2·differing bits, times scale[row] when not
-// null. Equal scores: the lower index first. queries [count, bytes] and rows [n, bytes] are contiguous; values and
-// indices [count, top].
-int scan_signs(const std::uint8_t* queries, std::int64_t count, const std::uint8_t* rows, std::int64_t n,
-               std::int64_t bytes, std::int64_t bits, const float* scale, std::int64_t top, float* values,
-               std::int64_t* indices, int threads, int isa);
 
 }  // namespace pyinf::cpu

@@ -167,76 +167,6 @@ int scatter_any(T* out, const void* x, std::int64_t row, std::int64_t column, in
   }
 }
 
-struct Hit {
-  float value;
-  std::int64_t index;
-};
-
-inline bool better(const Hit& x, const Hit& y) { return x.value != y.value ? x.value > y.value : x.index < y.index; }
-
-// Keeps the best `top` of a stream in `heap`, the worst of them in front.
-inline void keep(Hit* heap, std::int64_t& size, std::int64_t top, Hit hit) {
-  const auto order = [](const Hit& x, const Hit& y) { return better(x, y); };
-  if (size < top) {
-    heap[size++] = hit;
-    std::push_heap(heap, heap + size, order);
-  } else if (better(hit, heap[0])) {
-    std::pop_heap(heap, heap + size, order);
-    heap[size - 1] = hit;
-    std::push_heap(heap, heap + size, order);
-  }
-}
-
-inline std::int64_t differing(const std::uint8_t* x, const std::uint8_t* y, std::int64_t bytes) {
-  std::int64_t total = 0, i = 0;
-  for (; i + 8 <= bytes; i += 8) {
-    std::uint64_t u, v;
-    std::memcpy(&u, x + i, 8);
-    std::memcpy(&v, y + i, 8);
-    total += __builtin_popcountll(u ^ v);
-  }
-  for (; i < bytes; ++i) total += __builtin_popcount(static_cast<unsigned>(x[i] ^ y[i]));
-  return total;
-}
-
-constexpr std::int64_t kScanRows = 64;  // rows that every query meets while they are in the first-level cache
-
-int scan(const std::uint8_t* queries, std::int64_t count, const std::uint8_t* rows, std::int64_t n, std::int64_t bytes,
-         std::int64_t bits, const float* scale, std::int64_t top, float* values, std::int64_t* indices, int threads) {
-  // One part of the rows a thread; the order of hits is total, so the answer does not depend on the parts.
-  const std::int64_t parts = std::max<std::int64_t>(1, std::min<std::int64_t>(threads, n / 1024));
-  std::unique_ptr<Hit[]> heaps(new (std::nothrow) Hit[static_cast<std::size_t>(parts * count * top)]);
-  std::unique_ptr<std::int64_t[]> sizes(new (std::nothrow) std::int64_t[static_cast<std::size_t>(parts * count)]());
-  if (!heaps || !sizes) return pyinf::kInvalidArgument;
-#pragma omp parallel for schedule(static, 1) num_threads(threads)
-  for (std::int64_t part = 0; part < parts; ++part) {
-    const std::int64_t end = n * (part + 1) / parts;
-    for (std::int64_t r0 = n * part / parts; r0 < end; r0 += kScanRows)
-      for (std::int64_t q = 0; q < count; ++q) {
-        Hit* heap = heaps.get() + (part * count + q) * top;
-        std::int64_t& size = sizes[static_cast<std::size_t>(part * count + q)];
-        for (std::int64_t r = r0; r < std::min(end, r0 + kScanRows); ++r) {
-          float score = static_cast<float>(bits - 2 * differing(queries + q * bytes, rows + r * bytes, bytes));
-          if (scale) score *= scale[r];
-          if (size < top || score > heap[0].value) keep(heap, size, top, {score + 0.0f, r});
-        }
-      }
-  }
-  for (std::int64_t q = 0; q < count; ++q) {
-    Hit* best = heaps.get() + q * top;
-    std::int64_t& size = sizes[static_cast<std::size_t>(q)];
-    for (std::int64_t part = 1; part < parts; ++part)
-      for (std::int64_t i = 0; i < sizes[static_cast<std::size_t>(part * count + q)]; ++i)
-        keep(best, size, top, heaps[static_cast<std::size_t>((part * count + q) * top + i)]);
-    std::sort(best, best + size, better);
-    for (std::int64_t i = 0; i < size; ++i) {
-      values[q * top + i] = best[i].value;
-      indices[q * top + i] = best[i].index;
-    }
-  }
-  return pyinf::kOk;
-}
-
 }  // namespace
 
 namespace pyinf::cpu {
@@ -260,12 +190,6 @@ int PYINF_NAME(sparse_projection_)(void* out, int acc_dtype, const void* x, std:
   if (acc_dtype == kFloat64)
     return scatter_any(static_cast<double*>(out), x, x_row, x_column, x_dtype, batch, d, k, nnz, seed, stream, threads);
   return kUnsupportedDtype;
-}
-
-int PYINF_NAME(scan_signs_)(const std::uint8_t* queries, std::int64_t count, const std::uint8_t* rows, std::int64_t n,
-                            std::int64_t bytes, std::int64_t bits, const float* scale, std::int64_t top, float* values,
-                            std::int64_t* indices, int threads) {
-  return scan(queries, count, rows, n, bytes, bits, scale, top, values, indices, threads);
 }
 
 }  // namespace pyinf::cpu
