@@ -88,7 +88,7 @@ class TopKSink:
 
 class ScoreConsumer(Consumer):
     """Consumer that adds every layer of one batch into one buffer: ``[Q, B]``, ``[Q, N]`` per token, or one per
-    layer.
+    layer. Layers that read one input are scored together where a kernel then reads it once.
     """
 
     def __init__(self, block: QueryBlock, per_token: bool, per_module: bool, want_norms: bool) -> None:
@@ -98,12 +98,23 @@ class ScoreConsumer(Consumer):
         self.norms: Tensor | None = None
         self.offsets: Tensor | None = None
         self._inputs: dict[str, Tensor] = {}
+        self._shared_input: tuple[str, Tensor, Tensor] | None = None  # group, rows, offsets of the layers that wait
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def start_batch(self) -> ScoreConsumer:
         """Forget the last batch."""
         self.scores, self.by_module, self.norms, self.offsets = None, {}, None, None
         self._inputs.clear()
+        self._shared_input, self._waiting = None, []
         return self
+
+    def finish_batch(self) -> None:
+        """Score the layers that still wait for others of their input."""
+        if self._shared_input is not None:
+            _, rows, offsets = self._shared_input
+            assert self.scores is not None
+            ops.grouped.low_rank_scores_group(self.scores, self._waiting, rows, offsets, self.per_token)
+        self._shared_input, self._waiting = None, []
 
     def _buffer(self, layer: Layer, g: Tensor, offsets: Tensor) -> Tensor:
         columns = g.shape[0] if self.per_token else offsets.numel() - 1
@@ -118,7 +129,10 @@ class ScoreConsumer(Consumer):
 
     def consume(self, layer: Layer, group: str, first: bool, a: Tensor, g: Tensor, offsets: Tensor) -> None:
         """Take one layer of one batch."""
-        a, g = working(a), working(g)
+        seen_a, seen_g = a, g  # in the model's dtype
+        together = layer.name in self.block.left and not self.per_module and ops.grouped.shares_inputs(a)
+        if self.want_norms or not together:
+            a, g = working(a), working(g)
         bias = layer.bias
         if self.block.factors is not None:
             bias = False  # in the eigenbasis it is a column like any other
@@ -144,12 +158,27 @@ class ScoreConsumer(Consumer):
                 scores.addmm_(self.block.bias[layer.name], (g if self.per_token else segment_sum(g, offsets)).T)
         elif layer.name in self.block.left:  # absent: a layer that no query's gradient reached
             L, R = self.block.left[layer.name], self.block.right[layer.name]
-            ops.low_rank_scores(
-                g, input_rows(a, layer.bias), L, R, offsets=offsets, out=scores, per_token=self.per_token
-            )
+            if together:
+                self._collect(group, bias, seen_a, (seen_g, L, R), offsets)
+            else:
+                ops.low_rank_scores(
+                    g, input_rows(a, layer.bias), L, R, offsets=offsets, out=scores, per_token=self.per_token
+                )
         if self.want_norms:
             squared = ops.gradient_norm(g, input_rows(a, layer.bias), offsets).double().square()
             self.norms = squared if self.norms is None else self.norms + squared
+
+    def _collect(
+        self, group: str, bias: bool, a: Tensor, layer: tuple[Tensor, Tensor, Tensor], offsets: Tensor
+    ) -> None:
+        """Keep a layer until one comes that reads another input: of one input at a time, so that little is held."""
+        held = self._shared_input
+        if held is not None and (held[0] != group or not torch.equal(held[2], offsets)):
+            self.finish_batch()
+        if self._shared_input is None:
+            rows = torch.cat([a, a.new_ones(a.shape[0], 1)], dim=1) if bias else a
+            self._shared_input = group, rows, offsets
+        self._waiting.append(layer)
 
 
 class SelfScoreConsumer(Consumer):
