@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.gpu.journal import Item
 from benchmarks.gpu.options import Options
 
-__all__ = ["PARTS", "Part", "gpu_backends", "pairs"]
+__all__ = ["ASK_REGISTRY", "PARTS", "Part", "gpu_backends", "judged_pairs", "pairs"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,17 @@ def pairs(options: Options) -> list[str]:
     from pyinf.bench.cases import OPS, backends
 
     return [f"{op}:{name}" for op in OPS for name in gpu_backends(options) if name in backends(op)]
+
+
+def judged_pairs(options: Options) -> list[str]:
+    """The same, and ``<op>_group:triton`` of the ops whose Triton kernel also takes many layers in one launch."""
+    from pyinf.bench.grouped import GROUPED
+
+    return [*pairs(options), *(f"{op}_group:triton" for op in GROUPED if "triton" in gpu_backends(options))]
+
+
+ASK_REGISTRY = (pairs, judged_pairs)
+"""Lists of shards that depend on which kernels are built."""
 
 
 def _device(options: Options) -> Any:
@@ -84,6 +95,9 @@ def _correctness(shard: str, options: Options) -> Iterator[Item]:
 
     op, backend = shard.split(":")
     device = _device(options)
+    if op.endswith("_group"):
+        yield from _correctness_group(op.removesuffix("_group"), options, device)
+        return
     shapes = [s for s in ODD if s.label != "wide"][-4 if backend == "triton" else 0 :] if options.tiny else ODD
     if options.tiny and backend == "triton":  # the interpreter takes seconds where a GPU takes none
         shapes = [s for s in ODD if s.label in ("small", "no tokens", "no sequences")]
@@ -97,6 +111,22 @@ def _correctness(shard: str, options: Options) -> Iterator[Item]:
             return row | {"torch_error": found.torch_error, "allowed": found.allowed, "reason": found.reason}
 
         yield str(case), run
+
+
+def _correctness_group(op: str, options: Options, device: Any) -> Iterator[Item]:
+    from pyinf.bench.grouped import SHAPES, check_group
+    from pyinf.bench.verify import DTYPES
+
+    for dtype in ("float32", "float16") if options.tiny else DTYPES:
+        for shape in ((40, 24),) if options.tiny else SHAPES:
+
+            def run(dtype: str = dtype, shape: tuple[int, int] = shape) -> dict[str, Any]:
+                found = check_group(op, dtype, shape, device)
+                row = {"op": f"{op}_group", "backend": "triton", "dtype": dtype, "shape": f"{shape[0]}x{shape[1]}"}
+                row |= {"variant": "", "layout": "contiguous", "state": found.state, "error": found.error}
+                return row | {"torch_error": found.torch_error, "allowed": found.allowed, "reason": found.reason}
+
+            yield f"{op}_group / triton / {dtype} / {shape[0]}x{shape[1]}", run
 
 
 # ------------------------------------------------------------------------------------------ microbenchmarks
@@ -141,6 +171,7 @@ def _bench(shard: str, options: Options) -> Iterator[Item]:
     known = ceilings(clock, 128 if options.tiny else None, 0.02 if options.tiny else 0.2)
     names = ["torch", "triton", "cuda", "fast_jl", "sjlt"] if options.gpu else ["torch", "cpu"]
     yield "ceilings", lambda: known
+    yield from _bench_grouped(options, clock, known)
     for target in bench_targets(options):
 
         def run(target: Any = target) -> list[dict[str, Any]]:
@@ -148,6 +179,26 @@ def _bench(shard: str, options: Options) -> Iterator[Item]:
             return [dataclasses.asdict(r) for r in rows if not r.note.startswith(f"cannot run: {r.provider} does ")]
 
         yield str(target), run
+
+
+def _bench_grouped(options: Options, clock: Any, known: dict[str, float]) -> Iterator[Item]:
+    """The layers of a small model (GPT-2's twelve of a kind, eight sequences of 512), one by one and in one launch; of
+    scores the three layers of an attention block that read one input."""
+    from pyinf.bench.grouped import GROUPED, PROVIDERS, measure_grouped
+
+    names = [n for n in PROVIDERS if n.split()[0] in gpu_backends(options) or n == "torch"]
+    shapes = ((24, 16),) if options.tiny else ((768, 768), (3072, 768))
+    lengths, seconds = ((5, 3), 0.01) if options.tiny else ((512,) * 8, 0.15)
+    for op in GROUPED:
+        layers = 2 if options.tiny else 3 if op == "low_rank_scores" else 12
+        for shape in shapes:
+
+            def run(op: str = op, shape: tuple[int, int] = shape, layers: int = layers) -> list[dict[str, Any]]:
+                dtype = "float32" if options.tiny else "bfloat16"
+                rows = measure_grouped(op, shape, layers, lengths, dtype, clock, known, names, seconds)
+                return [dataclasses.asdict(r) for r in rows]
+
+            yield f"{op}_group {shape[0]}x{shape[1]}", run
 
 
 # ------------------------------------------------------------------------------------------ the others
@@ -207,12 +258,12 @@ PARTS: dict[str, Part] = {
             "correctness",
             100,
             "every op, backend, dtype, odd shape and layout against float64: error at most twice plain torch's, "
-            "poisoned memory, twice the same bits, nothing beside the outputs written",
+            "poisoned memory, twice the same bits, nothing beside the outputs written; grouped launches too",
             "triton; the extension for the CUDA kernels",
             limit=40,
             workers=12,
             stretch=1.8,
-            shards=pairs,
+            shards=judged_pairs,
             items=_correctness,
         ),
         Part(
@@ -255,7 +306,8 @@ PARTS: dict[str, Part] = {
         Part(
             "bench",
             50,
-            "every op on the layers of GPT-2, Llama-3.2-1B and Llama-3-8B by provider; takes what time is left",
+            "twelve small layers one by one and in one launch; every op on the layers of GPT-2, Llama-3.2-1B and "
+            "Llama-3-8B by provider; takes what time is left",
             "nothing else; fast_jl and sjlt where installed",
             limit=40,
             items=_bench,

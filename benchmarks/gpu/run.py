@@ -18,7 +18,7 @@ from benchmarks.gpu import ROOT
 from benchmarks.gpu.collect import summarise, tables
 from benchmarks.gpu.journal import UNFINISHED, Journal, supervise
 from benchmarks.gpu.options import Options
-from benchmarks.gpu.parts import PARTS, Part, pairs
+from benchmarks.gpu.parts import ASK_REGISTRY, PARTS, Part
 
 TOTAL = 515  # seconds for the parts: with the start and the last tables under nine minutes
 
@@ -107,7 +107,7 @@ def run_part(part: Part, options: Options, seconds: float, again: bool = False) 
 
 def _shards(part: Part, options: Options) -> list[str]:
     """Asked in a process of its own where the registry knows: this one began before the extension was built."""
-    if part.shards is not pairs:
+    if part.shards not in ASK_REGISTRY:
         return part.shards(options)
     code = (
         "import json, sys, pathlib; from benchmarks.gpu import locate_kernels; locate_kernels(); "

@@ -31,7 +31,7 @@ from pyinf.bench.verify import (
 from pyinf.errors import ConfigError
 from pyinf.ops import registry
 
-__all__ = ["FIELDS", "Row", "Target", "measure", "sizes_of", "targets", "write_csv"]
+__all__ = ["FIELDS", "Row", "Target", "measure", "share_of_ceiling", "sizes_of", "targets", "write_csv"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +184,7 @@ def measure(
     moved = op.bytes(shape, target.variant, dtype.itemsize)
     rows = []
     for name, (timing, formulation, error, note) in found.items():
-        limit, share = _share(timing, flops, moved, target.dtype, ceilings)
+        limit, share = share_of_ceiling(timing, flops, moved, target.dtype, ceilings)
         rows.append(
             Row(
                 target.op,
@@ -271,7 +271,7 @@ def _bind(run: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], Any]:
     return lambda: run(*args)
 
 
-def _share(
+def share_of_ceiling(
     timing: Timing | None, flops: float, moved: float, dtype: str, ceilings: dict[str, float]
 ) -> tuple[str, float | None]:
     """(what limits, percent of that ceiling): the floor is the larger of the times for the operations and the bytes."""

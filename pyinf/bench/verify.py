@@ -33,6 +33,7 @@ __all__ = [
     "exact_result",
     "poisoned",
     "result_of",
+    "torch_tf32",
     "verified_ops",
     "verify_all",
 ]
@@ -261,7 +262,7 @@ def allowed_error(case: Case, args: Sequence[Any], exact: Sequence[Tensor]) -> t
     the line a user would write in that dtype.
     """
     spec, (dtype, mode) = OPS[case.op], DTYPES[case.dtype]
-    with _torch_tf32(mode == "tf32"):
+    with torch_tf32(mode == "tf32"):
         found = [errors(case.op, result_of(case.op, lambda *a: call(case.op, "torch", a), args), exact, args)]
         line = formulations.plain(case.op)
         drawn = case.op == "random_projection" and case.variant == "normal"
@@ -283,7 +284,8 @@ def allowed_error(case: Case, args: Sequence[Any], exact: Sequence[Tensor]) -> t
 
 
 @contextlib.contextmanager
-def _torch_tf32(on: bool) -> Iterator[None]:
+def torch_tf32(on: bool) -> Iterator[None]:
+    """While it lasts, torch multiplies float32 in tf32, or exactly."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if on else "highest")
     try:
