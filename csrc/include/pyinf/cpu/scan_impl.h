@@ -73,10 +73,15 @@ inline Vector differ(Vector x, Vector y) { return _mm512_xor_si512(x, y); }
 inline Vector zero() { return _mm512_setzero_si512(); }
 inline void store(std::uint8_t* to, Vector x) { _mm512_storeu_si512(to, x); }
 inline Vector carry(Vector o, Vector u, Vector sum) { return _mm512_ternarylogic_epi64(o, u, sum, 0xd4); }
+// In a register, which the compiler would not keep: it loads a query again for every row, and loads are what is scarce.
+inline Vector held(Vector x) {
+  asm("" : "+v"(x));
+  return x;
+}
 
 // Set bits of x as eight sums.
 inline Vector count(Vector x) {
-#if defined(__AVX512VPOPCNTDQ__)
+#if defined(PYINF_VPOPCNTDQ)
   return _mm512_popcnt_epi64(x);
 #else
   const Vector table = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
@@ -118,6 +123,7 @@ inline Vector add(Vector x, Vector y) { return _mm256_add_epi64(x, y); }
 inline Vector differ(Vector x, Vector y) { return _mm256_xor_si256(x, y); }
 inline Vector zero() { return _mm256_setzero_si256(); }
 inline void store(std::uint8_t* to, Vector x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), x); }
+inline Vector held(Vector x) { return x; }
 inline Vector carry(Vector o, Vector u, Vector sum) {
   return _mm256_or_si256(_mm256_and_si256(o, u), _mm256_andnot_si256(sum, _mm256_or_si256(o, u)));
 }
@@ -155,6 +161,7 @@ inline Vector add(Vector x, Vector y) { return x + y; }
 inline Vector differ(Vector x, Vector y) { return x ^ y; }
 inline Vector zero() { return 0; }
 inline void store(std::uint8_t* to, Vector x) { std::memcpy(to, &x, 8); }
+inline Vector held(Vector x) { return x; }
 inline Vector carry(Vector o, Vector u, Vector sum) { return (o & u) | ((o | u) & ~sum); }
 
 inline Vector count(Vector x) {
@@ -202,8 +209,8 @@ inline void differing(const std::uint8_t* const rows[kSide], const std::uint8_t*
         Vector first[kQueries], all[kQueries];
 #pragma GCC unroll 4
         for (int i = 0; i < kQueries; ++i) {
-          first[i] = load(queries[q0 + i] + at);
-          all[i] = load(queries[q0 + i] + at + kVector);
+          first[i] = held(load(queries[q0 + i] + at));
+          all[i] = held(load(queries[q0 + i] + at + kVector));
         }
 #pragma GCC unroll 2
         for (int r = 0; r < kRows; ++r) {
