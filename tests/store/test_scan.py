@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -168,7 +170,10 @@ def test_memory_does_not_grow_with_the_store(tmp_path, monkeypatch):
     assert store.nbytes > 64 << 20
     monkeypatch.setattr(scan_module, "_hit_rows", lambda store: 1024)
     queries = torch.randn(2, 4096)
-    scan(store, queries, 3, 256)  # buffers of the first call
+    scan(store, queries, 3, coarse="sign")  # buffers of the first call
+    del store
+    gc.collect()  # and its maps are gone
+    store = writer_store(tmp_path / "s")
     with open("/proc/self/clear_refs", "w") as handle:
         handle.write("5")  # the peak starts again here
     before = peak()

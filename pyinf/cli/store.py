@@ -1,0 +1,419 @@
+"""``pyinf store``: stores of compressed gradients, from building them to asking them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import pyinf
+from pyinf import artifacts
+from pyinf.cli import _options as o
+from pyinf.cli._job import _check_options, _examples, _method_options
+from pyinf.cli._options import effective
+from pyinf.cli._stores import attributor_for, normalise_of
+from pyinf.cli._terminal import Screen, guarded
+from pyinf.cli.store_plan import plan
+from pyinf.data import Examples, load_model, load_tokenizer
+from pyinf.errors import ConfigError
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="store",
+    help="Stores of compressed gradients: build, look at, check, ask, merge, tidy up.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_STORE, _FIND = "Store", "Search"
+_LABELS = ("label", "labels", "class", "category", "source", "id", "url", "title")
+
+
+def _option(*names: str, help: str, panel: str, **extra: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, **extra)
+
+
+Directory = Annotated[Path, typer.Argument(help="Folder of a store.")]
+ShardRows = Annotated[
+    int | None, _option("--shard-rows", min=1, help="Rows of a file (default: 256 MiB of rows).", panel=_STORE)
+]
+Verify = Annotated[
+    bool, _option("--verify/--no-verify", help="Check what is read against its checksums.", panel=_STORE)
+]
+Fit = Annotated[
+    Path | None, _option("--fit", help="Folder of a pyinf fit whose factors are used.", panel=_STORE, exists=True)
+]
+
+
+@app.command("build")
+@guarded
+def build(
+    ctx: typer.Context,
+    model: o.Model,
+    train: o.Train,
+    out: Annotated[Path, _option("--out", help="Folder of the store; the same command goes on there.", panel=_STORE)],
+    adapter: o.Adapter = None,
+    tokenizer: o.Tokenizer = None,
+    revision: o.Revision = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    field: o.Field = None,
+    limit: o.Limit = None,
+    train_split: o.TrainSplit = None,
+    max_length: o.MaxLength = None,
+    truncate: o.Truncate = False,
+    prompt_loss: o.PromptLoss = False,
+    separator: o.Separator = None,
+    add_eos: o.AddEos = False,
+    skip_empty: o.SkipEmpty = False,
+    method: Annotated[str, _option("--method", help="Which rows: logra, trak, onebit, …", panel="Method")] = "logra",
+    modules: o.Modules = None,
+    damping: o.Damping = 0.1,
+    damping_mode: o.DampingMode = "relative",
+    fisher: o.Fisher = "sampled",
+    method_option: o.MethodOption = None,
+    seed: o.Seed = 0,
+    format: Annotated[
+        str, _option("--format", help="float32, bfloat16, float16, int8, int4 or 1bit.", panel=_STORE)
+    ] = "bfloat16",
+    granularity: Annotated[
+        str, _option("--granularity", help="A row a sequence, or a row a token.", panel=_STORE)
+    ] = "sequence",
+    documents: Annotated[
+        bool, _option("--documents/--no-documents", help="Keep the text of every example beside.", panel=_STORE)
+    ] = True,
+    shard_rows: ShardRows = None,
+    fit_dir: Fit = None,
+    batch_size: o.BatchSize = None,
+    token_budget: o.TokenBudget = None,
+    memory_budget: o.MemoryBudget = None,
+    backend: o.Backend = None,
+    config: o.Config = None,
+    quiet: o.Quiet = False,
+    json_output: o.Json = False,
+) -> None:
+    """Make one row of every training example; killed, the same command goes on where it stopped."""
+    from pyinf.store import build_store
+
+    screen = Screen(quiet, json_output)
+    started = time.perf_counter()
+    with screen.session():
+        options = {**effective(ctx), "eigensolver": "auto"}
+        _check_options(options)
+        loaded, train_data = _load(options, screen, "train")
+        extra = {key: options[key] for key in ("token_budget", "memory_budget") if options.get(key) is not None}
+        attributor = pyinf.Attributor(
+            loaded,
+            method=method,
+            modules=options.get("modules") or None,
+            damping=damping,
+            damping_mode=damping_mode,
+            fisher=fisher,
+            backend=backend,
+            seed=seed,
+            run_dir=_beside(out),
+            **extra,
+            **_method_options(options),
+        )
+        if fit_dir is not None:
+            attributor.load_factors(fit_dir / "fit" / "factors")
+        texts = (lambda i: _document(train_data, i)) if documents else None
+        store = build_store(attributor, train_data, out, format, texts, shard_rows, granularity, batch_size=batch_size)
+    screen.result(f"store  {out}: {store.count} rows of {store.spec.row_bytes} bytes")
+    if json_output:
+        print(
+            json.dumps({"command": "store build", "seconds": round(time.perf_counter() - started, 3), **_facts(store)})
+        )
+
+
+@app.command("info")
+@guarded
+def info(store: Directory, json_output: o.Json = False) -> None:
+    """What a store holds; reads no rows. Also of a store that is not finished."""
+    from pyinf.store import Store
+    from pyinf.store.faiss_index import indexes
+
+    found = Store.open(store, unfinished=True)
+    facts = {**_facts(found), "indexes": [entry["name"] for entry in indexes(store)]}
+    if json_output:
+        print(json.dumps({"command": "store info", **facts}))
+        return
+    screen = Screen()
+    for key, value in facts.items():
+        shown = value if isinstance(value, str) else json.dumps(value)
+        screen.result(f"{key:14} {shown}")
+
+
+@app.command("verify")
+@guarded
+def verify(store: Directory, quiet: o.Quiet = False, json_output: o.Json = False) -> None:
+    """Read everything once and compare it with its checksums; the exit code is 6 where something is not as written."""
+    from pyinf.store import Store
+
+    screen = Screen(quiet, json_output)
+    with screen.session():
+        found = Store.open(store).verify()
+    screen.result(f"{store} is whole: {found['rows']} rows in {found['shards']} shards, {found['files']} files")
+    if json_output:
+        print(json.dumps({"command": "store verify", "store": str(store), **found}))
+
+
+@app.command("query")
+@guarded
+def query(
+    ctx: typer.Context,
+    store: Directory,
+    model: o.Model,
+    queries: o.Queries,
+    k: Annotated[int, _option("--topk", "-k", min=1, help="Examples a query.", panel=_FIND)] = 10,
+    train: Annotated[
+        str | None,
+        _option("--train", help="The training data of the store: needed to compute scores again.", panel=_FIND),
+    ] = None,
+    rescore: Annotated[
+        float | None,
+        _option("--rescore", help="Compute the best again: a share of the store (0.01), or a number.", panel=_FIND),
+    ] = None,
+    recall: Annotated[
+        float | None, _option("--recall", help="Compute as many again as this recall at k takes: 0.95.", panel=_FIND)
+    ] = None,
+    rescore_method: Annotated[
+        str, _option("--rescore-method", help="Which exact scores: ekfac, ekfac_cg, …", panel=_FIND)
+    ] = "ekfac",
+    sample: Annotated[
+        int | None, _option("--sample", min=0, help="Examples with exact scores that measure recall.", panel=_FIND)
+    ] = None,
+    bm25: Annotated[
+        float | None,
+        _option(
+            "--bm25", help="First leave out all but this share (or number) by BM25; its recall is shown.", panel=_FIND
+        ),
+    ] = None,
+    fit_dir: Fit = None,
+    adapter: o.Adapter = None,
+    tokenizer: o.Tokenizer = None,
+    revision: o.Revision = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    field: o.Field = None,
+    query_limit: o.QueryLimit = None,
+    limit: o.Limit = None,
+    train_split: o.TrainSplit = None,
+    query_split: o.QuerySplit = None,
+    max_length: o.MaxLength = None,
+    truncate: o.Truncate = False,
+    prompt_loss: o.PromptLoss = False,
+    separator: o.Separator = None,
+    add_eos: o.AddEos = False,
+    skip_empty: o.SkipEmpty = False,
+    damping: o.Damping = 0.1,
+    tol: o.Tol = None,
+    batch_size: o.BatchSize = None,
+    backend: o.Backend = None,
+    out: Annotated[Path | None, _option("--out", help="A JSON file for the whole answer.", panel="Output")] = None,
+    show: o.Show = 3,
+    config: o.Config = None,
+    quiet: o.Quiet = False,
+    json_output: o.Json = False,
+) -> None:
+    """The strongest training examples of every query, by the store alone or computed again with a stated recall."""
+    from pyinf.store import Store, query_rows, query_store
+
+    screen = Screen(quiet, json_output)
+    exact = rescore is not None or recall is not None
+    if (exact or bm25 is not None) and train is None:
+        raise ConfigError("scores are computed again from the training data; give --train")
+    if bm25 is not None and not exact:
+        raise ConfigError("a prefilter is used with its measured recall only, which needs exact scores; give --rescore")
+    with screen.session():
+        options = effective(ctx)
+        opened = Store.open(store)
+        loaded, asked = _load(options, screen, "queries")
+        rows = query_rows(attributor_for(opened, loaded, backend=backend), asked, opened)
+        rescorer = prefilter = None
+        if exact:
+            from pyinf.methods.rescoring import Rescoring
+
+            data = _data(options, loaded, "train")
+            exactly = pyinf.Attributor(
+                loaded,
+                method=rescore_method,
+                modules=list(opened.spec.meta["modules"]),
+                damping=damping,
+                backend=backend,
+                run_dir=None if fit_dir is not None else _beside(store).with_suffix(f".{rescore_method}"),
+            )
+            if fit_dir is not None:
+                exactly.load_factors(fit_dir / "fit" / "factors")
+            else:
+                exactly.fit(data, batch_size)
+            rescorer = Rescoring(exactly, asked, data, opened.ids, batch_size, tol)
+            if bm25 is not None:
+                from pyinf.store.prefilter import BM25Prefilter
+
+                texts = [data.text(int(i)) for i in opened.ids]
+                prefilter = BM25Prefilter(
+                    asked, [data[int(i)] for i in opened.ids], [asked.text(q) for q in range(len(asked))], texts
+                )
+        found = query_store(
+            opened,
+            rows,
+            min(k, opened.count),
+            rescorer,
+            _count(rescore),
+            recall,
+            sample,
+            prefilter,
+            **({} if bm25 is None else {"keep": _count(bm25)}),
+            normalise=normalise_of(opened),
+        )
+    answer = {"command": "store query", "store": str(store), "queries": len(asked), **found.to_dict()}
+    if out is not None:
+        artifacts.atomic_write_json(out, answer)
+    _show(screen, asked, found, show)
+    if out is not None:
+        screen.result(f"answer  {out}")
+    if json_output:
+        print(json.dumps(answer))
+
+
+@app.command("merge")
+@guarded
+def merge(
+    stores: Annotated[list[Path], typer.Argument(help="Folders of stores with the same method, model and options.")],
+    out: Annotated[Path, _option("--out", help="Folder of the merged store.", panel=_STORE)],
+    shard_rows: ShardRows = None,
+    drop_duplicates: Annotated[
+        bool, _option("--drop-duplicates", help="Keep the first of equal ids instead of refusing them.", panel=_STORE)
+    ] = False,
+    check: Verify = True,
+    quiet: o.Quiet = False,
+    json_output: o.Json = False,
+) -> None:
+    """One store out of several, such as the parts that several processes or machines built."""
+    from pyinf.store import merge_stores
+
+    screen = Screen(quiet, json_output)
+    with screen.session():
+        found = merge_stores(stores, out, shard_rows, "drop" if drop_duplicates else "error", check)
+    screen.result(f"store  {out}: {found.count} rows")
+    if json_output:
+        print(json.dumps({"command": "store merge", **_facts(found)}))
+
+
+@app.command("compact")
+@guarded
+def compact(
+    store: Directory,
+    shard_rows: ShardRows = None,
+    check: Verify = True,
+    quiet: o.Quiet = False,
+    json_output: o.Json = False,
+) -> None:
+    """Write a store again in place: full shards, the first of equal ids only."""
+    from pyinf.store import compact_store
+
+    screen = Screen(quiet, json_output)
+    with screen.session():
+        found = compact_store(store, shard_rows, check)
+    screen.result(f"store  {store}: {found.count} rows in {len(found.manifest.shards)} shards")
+    if json_output:
+        print(json.dumps({"command": "store compact", **_facts(found)}))
+
+
+# ------------------------------------------------------------------------------------------ shared
+
+
+def _beside(out: Path) -> Path:
+    """Where factors are fitted that a store needs: a folder next to it."""
+    return out.with_name(out.name + ".fit")
+
+
+def _load(options: dict[str, Any], screen: Screen, which: str) -> tuple[Any, Examples]:
+    screen.say(f"loading {options['model']}")
+    loaded = load_model(
+        options["model"],
+        adapter=options.get("adapter"),
+        dtype=options["dtype"],
+        device=options["device"],
+        trust_remote_code=options.get("trust_remote_code", False),
+        revision=options.get("revision"),
+    )
+    data = _data(options, loaded, which)
+    for note in data.notes:
+        screen.say(note)
+    return loaded, data
+
+
+def _data(options: dict[str, Any], model: Any, which: str) -> Examples:
+    name = options.get("tokenizer")
+    trust = options.get("trust_remote_code", False)
+    tokenizer = load_tokenizer(name or options["model"], required=name is not None, trust_remote_code=trust)
+    return _examples(options, which, tokenizer, model)
+
+
+def _document(data: Examples, index: int) -> dict[str, Any]:
+    record = data.records[index]
+    kept = {key: record[key] for key in _LABELS if isinstance(record.get(key), (str, int, float, bool))}
+    return {"text": data.text(index), **kept}
+
+
+def _count(value: float | None) -> float | int | None:
+    """A share below 1, or a number of rows."""
+    if value is None or value < 1:
+        return value
+    if value != int(value):
+        raise ConfigError(f"{value} is neither a share below 1 nor a number of rows")
+    return int(value)
+
+
+def _facts(store: Any) -> dict[str, Any]:
+    spec = store.spec
+    kinds = Counter(section.kind for section in spec.sections)
+    return {
+        "store": str(store.directory),
+        "finished": store.manifest.finished,
+        "rows": store.count,
+        "granularity": spec.granularity,
+        "method": spec.meta.get("method", spec.compressor),
+        "compressor": spec.compressor,
+        "format": spec.format,
+        "row_bytes": spec.row_bytes,
+        "columns": store.width,
+        "sections": dict(kinds),
+        "shards": len(store.manifest.shards),
+        "bytes": store.nbytes,
+        "norms": spec.norms,
+        "documents": spec.documents,
+        "damping": spec.damping,
+        "model": spec.model,
+        "data": spec.data,
+        "pyinf": spec.pyinf,
+    }
+
+
+def _show(screen: Screen, asked: Examples, found: Any, show: int) -> None:
+    shown = min(show, len(asked))
+    for q in range(shown):
+        rows = []
+        for j, value in enumerate(found.values[q].tolist()):
+            document = found.documents[q][j] if found.documents[q] else {}
+            label = next((str(document[key]) for key in _LABELS if key in document), "")
+            number = found.ids[q, j]
+            rows.append(("+", int(number.reshape(-1)[0]), value, label, str(document.get("text", ""))))
+        screen.examples(f"query {q}: {asked.text(q)}", rows)
+    if shown < len(asked):
+        screen.result(f"… and {len(asked) - shown} more queries (--show)")
+    for name, estimate in (("recall", found.recall), ("recall of the prefilter", found.prefilter)):
+        if estimate is not None:
+            screen.result(f"{name}  {estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})")
+
+
+app.command("plan")(plan)
