@@ -112,6 +112,7 @@ class Plan:
     capture_bytes: int = 0
     disk_bytes: int = 0
     score_rotated: bool = False
+    query_basis: str | None = None
     flops: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
@@ -136,6 +137,7 @@ class Plan:
         ]
         if self.queries:
             kept = "dense" if self.query_rank is None else f"rank {self.query_rank}"
+            kept += " in one shared basis" if self.query_basis == "shared" else ""
             out.append(("queries", f"{self.queries} in {blocks} block{'s' if blocks != 1 else ''}, kept {kept}"))
         out.append(("passes over the training set", f"{self.fit_passes} to fit, {self.score_passes} to score"))
         memory = ", ".join(f"{k} {_bytes(v)}" for k, v in self.memory.items() if v)
@@ -201,10 +203,12 @@ def make_plan(
     to_disk: bool,
     blocks: int | None = None,
     own_inputs: bool = False,
+    query_basis: str | None = None,
 ) -> Plan:
     """Decide query blocks and what is captured once, from shapes and free memory.
 
-    ``own_inputs``: every layer has an input factor of its own, also where several read one input.
+    ``own_inputs``: every layer has an input factor of its own, also where several read one input. ``query_basis``:
+    "shared", queries in one basis of ``query_rank`` (planned as if nothing were cut where that is an energy).
 
     Raises:
         ResourceError: even one query with an empty cache does not fit, or the disk is too small.
@@ -232,7 +236,11 @@ def make_plan(
     elif factors == "diagonal":
         memory["factors"] = wide * parameters
     rank_cost = parameters
-    if isinstance(query_rank, int):
+    if query_basis == "shared":  # cores; moments while the bases are found, bases afterwards
+        sides = [(min(query_rank, o), min(query_rank, i)) if isinstance(query_rank, int) else (o, i) for o, i in sizes]
+        rank_cost = sum(r * s for r, s in sides)
+        memory["query basis"] = wide * sum(o * o + i * i for o, i in sizes)
+    elif isinstance(query_rank, int):
         rank_cost = sum(min(query_rank, o, i) * (o + i) for o, i in sizes)
     # A solver works on dense rows: right-hand side, iterate, residual, directions and their products.
     per_query = wide * (rank_cost * max(1, dampings) + solver_rows * parameters)
@@ -250,6 +258,7 @@ def make_plan(
         score_passes=0,
         query_block=0,
         query_rank=query_rank,
+        query_basis=query_basis,
         memory=memory,
         memory_budget=budget,
     )
@@ -373,8 +382,12 @@ def _estimate_time(
         flops["lambda"] = 2.0 * plan.train_tokens * (squares + parameters)
     if plan.queries:
         flops["queries"] += 2.0 * plan.queries * sum(o * i * (o + i) for o, i in sizes) * bool(plan.fit_passes)
-        flops["scores"] = (
-            2.0 * parameters * (plan.train_tokens * plan.score_passes + plan.queries * plan.train_sequences)
-        )
+        per_token = per_pair = float(parameters)
+        if plan.query_basis == "shared" and isinstance(plan.query_rank, int):
+            sides = [(min(plan.query_rank, o), min(plan.query_rank, i)) for o, i in sizes]
+            per_pair = float(sum(r * s for r, s in sides))
+            per_token = per_pair + sum(r * o + s * i for (r, s), (o, i) in zip(sides, sizes, strict=True))
+        flops["scores"] = 2.0 * per_token * plan.train_tokens * plan.score_passes
+        flops["scores"] += 2.0 * per_pair * plan.queries * plan.train_sequences
     plan.flops = flops
     plan.seconds = sum(flops.values()) / (0.6 * matmul_rate(device))

@@ -356,7 +356,7 @@ def _unmeasured(why: str, count: int) -> list[dict[str, Any]]:
 
 def _dense_rows(block: QueryBlock, rows: list[int], layers: list[Any]) -> dict[str, Tensor]:
     """``{layer: [q, d_out, d_in(+1)]}`` of some rows of a block, whatever form it is kept in."""
-    like = next(iter([*block.dense.values(), *block.left.values()]))
+    like = next(iter([*block.dense.values(), *block.left.values(), *block.core.values()]))
     out = {}
     for layer in layers:
         name = layer.name
@@ -371,6 +371,8 @@ def _dense_rows(block: QueryBlock, rows: list[int], layers: list[Any]) -> dict[s
                 value = torch.cat([value, block.bias[name][rows].unsqueeze(2)], dim=2)
         elif name in block.left:
             value = block.left[name][rows] @ block.right[name][rows]
+        elif name in block.core:
+            value = block.basis_out[name] @ block.core[name][rows] @ block.basis_in[name].T
         else:
             value = like.new_zeros(len(rows), layer.d_out, layer.columns)
         out[name] = value

@@ -33,6 +33,7 @@ from pyinf.score import (
     TopKSink,
     check_finite,
 )
+from pyinf.score.shared_basis import fill_shared, need_rank
 from pyinf.tasks import Task
 
 __all__ = ["GradientRun", "ScoreRequest", "check_request"]
@@ -48,6 +49,7 @@ class ScoreRequest:
     dampings: Sequence[float] = (0.1,)
     damping_mode: str = "relative"
     query_rank: int | float | None = None
+    query_basis: str | None = None
 
 
 @dataclass
@@ -71,6 +73,16 @@ class GradientRun:
     def fit_loss(self) -> str:
         """Which labels the curvature is fitted with."""
         return "sampled" if self.fisher == "sampled" else "train"
+
+    @property
+    def damped(self) -> bool:
+        """Whether the scores depend on the damping."""
+        return self.method.factors is not None
+
+    @property
+    def splits(self) -> bool:
+        """Whether a score is a sum over tokens and over layers."""
+        return not self.method.normalise
 
     def batches(self, data: PreparedExamples, plan: Plan, scored_only: bool) -> list[list[int]]:
         """Length-bucketed batches of every sequence with a counted position (or label)."""
@@ -127,21 +139,27 @@ class GradientRun:
             [factors.dampings(d, request.damping_mode) for d in request.dampings] if factors is not None else [{}]
         )
         block = QueryBlock(len(indices) * len(dampings))
-        if plan.score_rotated or self._holds_rotated():
+        shared = request.query_basis == "shared"
+        if not shared and (plan.score_rotated or self._holds_rotated()):
             block.factors = factors
         position_of = {index: row for row, index in enumerate(indices)}
         needs_label = self.task.measures_labels
         counted = queries.counted
         live = [i for i in indices if counted[i] > 0 and (queries.label_counts[i] > 0 or not needs_label)]
         silent = sorted(position_of[i] for i in set(indices) - set(live))
-        consumer = QueryConsumer(
-            block, position_of, factors, dampings, request.query_rank, self.method.normalise, self.seed, silent
-        )
+        settings = (position_of, factors, dampings, request.query_rank, self.method.normalise, self.seed, silent)
         started = time.perf_counter()
-        with TracingSession(self.model, self.selection, self.task, self.groups) as session:
-            batches = make_batches(queries.lengths, live, plan.batch_size, plan.token_budget)
-            source = PassSource(session, queries, batches)
-            source.run(lambda _, batch: consumer.for_batch(batch), "measurement", "query gradients")
+        batches = make_batches(queries.lengths, live, plan.batch_size, plan.token_budget)
+
+        def run(consumer: QueryConsumer, stage: str = "query gradients") -> None:
+            with TracingSession(self.model, self.selection, self.task, self.groups) as session:
+                source = PassSource(session, queries, batches)
+                source.run(lambda _, batch: consumer.for_batch(batch), "measurement", stage)
+
+        if shared:
+            fill_shared(block, settings, need_rank(request.query_rank), run)
+        else:
+            run(QueryConsumer(block, *settings))
         self._add_time("queries", started)
         return block
 
@@ -230,10 +248,10 @@ class GradientRun:
                 progress_of.advance(number, batch)
 
             start = progress_of.batch if number == progress_of.block else 0
-            if block.dense or block.left:
+            if block.reaches:
                 source.run(lambda *_: consumer.start_batch(), "train", "training pass and scores", start, done)
         if request.topk is not None:  # sequences without labels, and all of them when no query has one, score 0
-            ran = set().union(*batches) if block.dense or block.left else set()
+            ran = set().union(*batches) if block.reaches else set()
             rest = [i for i in range(len(train)) if i not in ran]
             if rest:
                 sinks.put("", rows, rest, torch.zeros(len(rows), len(rest)), None)

@@ -155,7 +155,7 @@ class SubspaceRun(SolvedRun):
         for damping in request.dampings:
             inverse = self.inverse(self._train, factors, factors.dampings(damping, request.damping_mode), plan)
             parts.append(layout.pack(inverse.ihvp(vectors)))
-        block = query_block(torch.cat(parts), layout, self.selection.layers, request.query_rank)
+        block = query_block(torch.cat(parts), layout, self.selection.layers, request)
         return self.certified(block, queries, indices, factors, request, plan)
 
     def self_score(

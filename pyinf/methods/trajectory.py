@@ -116,7 +116,7 @@ class TrajectoryRun(SolvedRun):
         self.release()
         self._train = train
         plain = ScoreRequest(request.granularity, request.per_module, None, request.dampings)
-        plain.query_rank = request.query_rank
+        plain.query_rank, plain.query_basis = request.query_rank, request.query_basis
         finished, total, facts = 0, None, {}
         kept = None if state is None else Checkpoint(state / "total", interval)
         found = None if kept is None else kept.load()
@@ -182,7 +182,7 @@ class TrajectoryRun(SolvedRun):
             inverse = self._inverse_scale()
             if inverse is not None:
                 vectors = {name: v * inverse[name] for name, v in vectors.items()}
-        return query_block(layout.pack(vectors), layout, self.selection.layers, request.query_rank)
+        return query_block(layout.pack(vectors), layout, self.selection.layers, request)
 
     def _rate(self) -> float:
         return self._per_checkpoint("learning_rates", 1.0)[self._number]

@@ -164,6 +164,8 @@ class ScoreConsumer(Consumer):
                 ops.low_rank_scores(
                     g, input_rows(a, layer.bias), L, R, offsets=offsets, out=scores, per_token=self.per_token
                 )
+        elif layer.name in self.block.core:
+            self._shared(layer, a, g, offsets, scores)
         if self.want_norms:
             squared = ops.gradient_norm(g, input_rows(a, layer.bias), offsets).double().square()
             self.norms = squared if self.norms is None else self.norms + squared
@@ -179,6 +181,20 @@ class ScoreConsumer(Consumer):
             rows = torch.cat([a, a.new_ones(a.shape[0], 1)], dim=1) if bias else a
             self._shared_input = group, rows, offsets
         self._waiting.append(layer)
+
+    def _shared(self, layer: Layer, a: Tensor, g: Tensor, offsets: Tensor, scores: Tensor) -> None:
+        """``scores += ⟨core_q, B_Sᵀ G_b B_A⟩``: what is read of the training side does not grow with the queries."""
+        core, B_S, B_A = (part[layer.name] for part in (self.block.core, self.block.basis_out, self.block.basis_in))
+        if self.per_token:
+            left, right = g @ B_S.to(g.dtype), rotate_input(a, B_A.to(a.dtype), layer.bias)
+            ops.dense_scores(left, right, core, offsets=offsets, out=scores, per_token=True)
+            return
+        inner = B_A[:-1] if layer.bias else B_A
+        seen = ops.project_gradients(g, a, offsets, P_g=B_S, P_a=inner)
+        assert isinstance(seen, Tensor)
+        if layer.bias:  # the column of ones, without joining it to the inputs
+            seen = seen + (segment_sum(g, offsets) @ B_S).unsqueeze(2) * B_A[-1]
+        scores.addmm_(core.flatten(1).to(scores.dtype), seen.flatten(1).to(scores.dtype).T)
 
 
 class SelfScoreConsumer(Consumer):

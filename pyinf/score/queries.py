@@ -40,7 +40,9 @@ class QueryBlock:
     of ones
     is ever joined to the training inputs; in low rank ``left[name]`` ``[Q, d_out, r]`` and ``right[name]``
     ``[Q, r, d_in(+1)]`` take its place. ``energy[name]`` ``[Q]`` is the share ``‖LR‖²/‖X‖²`` that the rank keeps, and
-    ``norms`` ``[Q]`` the squared norm of the query's own gradient over all layers.
+    ``norms`` ``[Q]`` the squared norm of the query's own gradient over all layers. In a basis that all queries share
+    (:mod:`pyinf.score.shared_basis`) ``core[name]`` is ``[Q, R_S, R_A]``, between ``basis_out[name]`` ``[d_out, R_S]``
+    and ``basis_in[name]`` ``[d_in(+1), R_A]``.
     """
 
     count: int
@@ -53,6 +55,14 @@ class QueryBlock:
     factors: Factors | None = (
         None  # given: ``dense`` is in the eigenbases, ``(U_Sᵀ V U_A) ⊘ (Λ + λ)``, bias column included
     )
+    core: dict[str, Tensor] = field(default_factory=dict)
+    basis_out: dict[str, Tensor] = field(default_factory=dict)
+    basis_in: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def reaches(self) -> bool:
+        """Whether any query's gradient reaches any layer."""
+        return bool(self.dense or self.left or self.core)
 
     def captured_energy(self) -> Tensor | None:
         """Smallest captured energy over layers, per query; None for dense queries."""
@@ -61,7 +71,7 @@ class QueryBlock:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        parts = (self.dense, self.bias, self.left, self.right)
+        parts = (self.dense, self.bias, self.left, self.right, self.core, self.basis_out, self.basis_in)
         return sum(t.numel() * t.element_size() for part in parts for t in part.values())
 
 
@@ -99,17 +109,21 @@ class QueryConsumer(Consumer):
     def consume(self, layer: Layer, group: str, first: bool, a: Tensor, g: Tensor, offsets: Tensor) -> None:
         """Take one layer of one batch."""
         rows = [self.position_of[i] for i in self._indices]
-        if self.want_norms:
-            if self.block.norms is None:
-                self.block.norms = torch.zeros(self._queries, dtype=torch.float64)
-            norms = ops.gradient_norm(working(g), input_rows(a, layer.bias), offsets).double().square()
-            self.block.norms[rows] += norms.cpu()
+        self._add_norms(layer, a, g, offsets, rows)
         fixed = isinstance(self.rank, int) and self.factors is not None
         if fixed and self.rank < min(layer.d_out, layer.columns):
             self._low_rank(layer, a, g, offsets, rows)
             return
         for position, X in self._dense(layer, a, g, offsets, rows):
             self._put(layer, position, X)
+
+    def _add_norms(self, layer: Layer, a: Tensor, g: Tensor, offsets: Tensor, rows: list[int]) -> None:
+        if not self.want_norms:
+            return
+        if self.block.norms is None:
+            self.block.norms = torch.zeros(self._queries, dtype=torch.float64)
+        norms = ops.gradient_norm(working(g), input_rows(a, layer.bias), offsets).double().square()
+        self.block.norms[rows] += norms.cpu()
 
     def _factor(self, layer: Layer) -> tuple[LayerFactor, InputFactor]:
         assert self.factors is not None
