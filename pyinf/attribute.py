@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import os
 import shutil
@@ -27,15 +26,16 @@ from pyinf.methods.bm25 import bm25_scores
 from pyinf.methods.gradient import ScoreRequest, check_request
 from pyinf.methods.identity import data_fingerprint, fit_identity, score_home
 from pyinf.methods.options import settle
-from pyinf.methods.runs import run_of
+from pyinf.methods.runs import run_of, with_factors
 from pyinf.plan import Plan, default_token_budget, make_plan, parse_bytes
-from pyinf.score import Scores, parse_rank
+from pyinf.score import Scores, check_basis, parse_rank
 from pyinf.tasks import CausalLM, Task
 
 __all__ = ["Attributor", "attribute"]
 
 _OPTIONS = {
     "query_rank": None,
+    "query_basis": None,
     "eigensolver": "auto",
     "factor_block": None,
     "memory_budget": None,
@@ -77,7 +77,8 @@ class Attributor:
         device, dtype: move the model there for the time of each call; None: as it is.
         backend: which implementation of the ops; None: as set by :func:`pyinf.set_backend`.
         run_dir: keep unfinished and finished work there; the same call again goes on where it stopped.
-        **method_options: ``query_rank`` (None: dense; a rank; a captured energy such as 0.99), ``eigensolver``,
+        **method_options: ``query_rank`` (None: dense; a rank; a captured energy such as 0.99), ``query_basis``
+            (None: each query by itself; "shared": all in one two-sided basis of that rank), ``eigensolver``,
             ``factor_block`` (the widest factor decomposed in one piece), ``memory_budget`` (bytes or "2GiB"), ``cache``
             (auto, memory, disk, none), ``token_budget``,
             ``checkpoint_seconds``, ``certify`` (True, False, or "auto": where it costs no more than a tenth of the
@@ -113,8 +114,7 @@ class Attributor:
                 f"unknown fisher '{fisher}'; use 'sampled' (true Fisher) or 'empirical' (the data's labels)"
             )
         self.options = settle(method, self.method.options, _OPTIONS, method_options)
-        if "approximation" in self.options:
-            self.method = dataclasses.replace(self.method, factors=self.options["approximation"])
+        self.method = with_factors(self.method, self.options)
         if self.options["eigensolver"] not in EIGENSOLVERS:
             raise ConfigError(
                 f"unknown eigensolver '{self.options['eigensolver']}'; choose one of {', '.join(EIGENSOLVERS)}"
@@ -123,6 +123,7 @@ class Attributor:
             raise ConfigError(f"certify is {self.options['certify']!r}; it must be True, False or 'auto'")
         check_block(self.options["factor_block"])
         self.query_rank = parse_rank(self.options["query_rank"])
+        check_basis(self.options["query_basis"], self.query_rank)
         if backend is not None:
             with ops.use_backend(backend):
                 pass  # an unknown or unavailable backend is an error now, not after an hour
@@ -203,6 +204,7 @@ class Attributor:
             fisher=self.fisher,
             fitted=self.factors is not None,
             query_rank=self.query_rank,
+            query_basis=self.options["query_basis"],
             dampings=dampings,
             solver_rows=_SOLVER_ROWS if self._run.solver is not None else 0,
             memory_budget=parse_bytes(self.options["memory_budget"]),
@@ -231,10 +233,17 @@ class Attributor:
             NonFiniteError: names the layer and the example.
             ArtifactError: ``run_dir`` holds a fit of another model, dataset or setting.
         """
-        if self.method.factors is None:
+        if self.method.factors is None and self.method.compressor is None:
             return self
         data = self._prepare(train, "train")
-        return self._fit(data, self._make_plan(data, None, batch_size))
+        plan = self._make_plan(data, None, batch_size)
+        if self.method.factors is not None:
+            self._fit(data, plan)
+        if self.method.compressor is not None:
+            self._run.fit_data = data
+            with self._backend():
+                self._run.fit_rows(data, self.factors, plan)
+        return self
 
     @_at_home
     def run(self, train: Any, queries: Any, batch_size: int | None = None, tol: float | None = None) -> Scores:
@@ -250,6 +259,8 @@ class Attributor:
             plan = self._make_plan(train_data, query_data, batch_size)
             if self.method.factors is not None and self.factors is None:
                 self._fit(train_data, plan)
+            if self.method.compressor is not None and self._run.fit_data is None:
+                self._run.fit_data = train_data  # what the rows' curvature comes from, also in later calls
             scores = self.score(queries, train, batch_size)
             scores.meta["plan"] = plan.to_dict()  # of the whole run, not of its second half
             return scores
@@ -364,14 +375,15 @@ class Attributor:
             raise ConfigError("dampings is empty; give at least one value")
         for value in values:
             check_damping(value, self.damping_mode)
-        request = ScoreRequest(granularity, per_module, topk, values, self.damping_mode, self.query_rank)
+        basis = self.options["query_basis"]
+        request = ScoreRequest(granularity, per_module, topk, values, self.damping_mode, self.query_rank, basis)
         check_request(request, self.method)
         if self.method.factors is not None and self.factors is None:
             raise ConfigError(
                 f"method '{self.method.name}' needs factors; call fit(train) first, or load_factors(directory)"
             )
         train_data, query_data = self._prepare(train, "train"), self._prepare(queries, "queries")
-        if self.method.factors is None:  # no curvature, no damping
+        if not self._run.damped:  # no curvature, no damping
             request.dampings = values[:1]
         plan = self._make_plan(train_data, query_data, batch_size, len(request.dampings))
         home = score_home(self._run, self.run_dir, query_data, train_data, self.factors, request, plan)
@@ -411,7 +423,7 @@ class Attributor:
                 out[damping] = Scores(result[rows], certificate, meta)
         if asked is None:
             return next(iter(out.values()))
-        if self.method.factors is None:  # no curvature, no damping: the same scores under every name
+        if not self._run.damped:  # no curvature, no damping: the same scores under every name
             only = next(iter(out.values()))
             return dict.fromkeys(asked, only)
         return out
@@ -421,10 +433,11 @@ class Attributor:
     ) -> dict[str, Any]:
         return {
             "method": self.method.name,
-            "damping": damping if self.method.factors else None,
-            "damping_mode": self.damping_mode if self.method.factors else None,
+            "damping": damping if self._run.damped else None,
+            "damping_mode": self.damping_mode if self._run.damped else None,
             "fisher": self.fisher if self.method.factors else None,
             "query_rank": self.query_rank,
+            "query_basis": self.options["query_basis"],
             "solver": self._run.solver,
             "modules": self.selection.names,
             "queries": len(queries),

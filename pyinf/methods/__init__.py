@@ -17,6 +17,13 @@ from pyinf.methods.option_sets import (
     approximation,
 )
 from pyinf.methods.options import Option, choice, count, flag, number
+from pyinf.methods.projected_options import (
+    LESS_OPTIONS,
+    LOGRA_OPTIONS,
+    ONEBIT_OPTIONS,
+    TRACKSTAR_OPTIONS,
+    TRAK_OPTIONS,
+)
 
 __all__ = ["METHODS", "Method", "get"]
 
@@ -28,7 +35,8 @@ class Method:
     ``factors`` names the curvature it fits (None: none), ``normalise`` divides by both gradient norms, ``kind`` says
     whether it works on gradients or on the tokens themselves. ``solver`` is a key of
     ``pyinf.methods.solved.SOLVERS``: what turns query gradients into preconditioned ones (None: the factors' own
-    inverse). ``options`` are the method's own, beside those that every method takes.
+    inverse). ``compressor`` is a key of ``pyinf.store.compress.REGISTRY``: what makes a short row of every gradient.
+    ``options`` are the method's own, beside those that every method takes.
     """
 
     name: str
@@ -39,6 +47,7 @@ class Method:
     normalise: bool = False
     kind: str = "gradient"
     solver: str | None = None
+    compressor: str | None = None
     options: Mapping[str, Option] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -253,6 +262,47 @@ METHODS: dict[str, Method] = {
             "checkpoints; two passes a checkpoint to fit, one to score",
             solver="checkpoints",
             options=SOURCE_OPTIONS,
+        ),
+        Method(
+            "logra",
+            "gradients projected on both sides, under the curvature of the projected ones",
+            "Choe et al. 2024, arXiv 2405.13954",
+            "one pass for the rows (and one for kfac or ekfac curvature, or the fit of factors)",
+            compressor="logra",
+            options=LOGRA_OPTIONS,
+        ),
+        Method(
+            "trak",
+            "a flat random projection of the gradient, the features' Gram inverse, a mean over checkpoints",
+            "Park et al. 2023, arXiv 2303.14186",
+            "one pass a checkpoint for the rows",
+            compressor="trak",
+            options=TRAK_OPTIONS,
+        ),
+        Method(
+            "trackstar",
+            "cosine of gradients over the optimiser's root mean square, projected, under a mixed curvature",
+            "Chang et al. 2024, arXiv 2410.17413",
+            "the optimiser's second moments or a pass for an estimate; one pass for the rows",
+            compressor="trackstar",
+            options=TRACKSTAR_OPTIONS,
+        ),
+        Method(
+            "less",
+            "cosines of projected Adam directions with projected query gradients, over checkpoints",
+            "Xia et al. 2024, arXiv 2402.04333",
+            "the optimiser's moments or a pass a checkpoint for an estimate; one pass a checkpoint for the rows",
+            compressor="less",
+            options=LESS_OPTIONS,
+        ),
+        Method(
+            "onebit",
+            "EK-FAC's strongest whitened coordinates, rotated, one bit each",
+            "EOGP (eigenbasis-corrected one-bit gradient projection), 2026",
+            "two passes to fit, a sampled one for principal directions, one for the rows",
+            factors="ekfac",
+            compressor="onebit",
+            options=ONEBIT_OPTIONS,
         ),
         Method(
             "bm25",

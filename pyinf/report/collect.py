@@ -30,6 +30,8 @@ _CURVATURE = {
 def _formula(method: Any) -> str:
     if method.kind != "gradient":
         return "τ(q, i) = Σ over q's words of idf(w) · f(w, i) / (f(w, i) + k₁(1 − b + b·|i| / mean|i|)): shared words."
+    if method.compressor is not None:
+        return f"τ(q, i): {method.summary} ({method.source}). Positive: giving i more weight lowers q's loss."
     if method.normalise:
         return "τ(q, i) = cos(∇f(q), ∇L(i)): the cosine of the two gradients over all traced layers."
     if method.factors is None:
@@ -235,7 +237,7 @@ class _Gather:
     def splits(self) -> bool:
         """Whether a score is a sum over tokens and over layers."""
         method = self.attributor.method
-        return method.kind == "gradient" and not method.normalise
+        return method.kind == "gradient" and self.attributor._run.splits
 
     def chosen(self, query: int, k: int, bottom: int) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
         """(index, score) of the shown proponents and of the shown opponents, strongest first."""

@@ -124,7 +124,10 @@ def open_compressor(store: Store, attributor: Any) -> Compressor:
                 f"the store {store.directory} was built with another model (its weights differ); use that one"
             )
         device = next(attributor.model.parameters()).device
-        return _restored(store, attributor.selection, device, attributor.options)
+        found = _restored(store, attributor.selection, device, attributor.options)
+        if attributor.factors is not None:
+            found.adopt(attributor.factors)
+        return found
 
 
 def query_rows(attributor: Any, queries: Any, compressor: Compressor | Store, damping: float | None = None) -> Tensor:

@@ -268,6 +268,9 @@ class Compressor:
             raise ConfigError(f"the rows have a part of layer '{odd[0]}', which is not selected; use the same modules=")
         return out
 
+    def adopt(self, factors: Factors) -> None:
+        """Take the attributor's fitted factors, for queries; for compressors whose store does not keep theirs."""
+
     def to(self, device: torch.device) -> Compressor:
         """Move its tensors; overriding methods move their own."""
         self.device = device
