@@ -214,6 +214,7 @@ SEQUENCE_CONFIGS: Mapping[str, Mapping[str, Config]] = {
         "half_odd": _sequences(2, 128, 64, 64, 8, 3, 2),
         "half_small": _sequences(1, 64, 64, 64, 4, 3),
     },
+    "sm_90 old": {"half_odd": _sequences(2, 64, 64, 64, 8, 3)},
 }
 _TOKENS_SMALL = {
     "half": _tokens(128, 128, 32, 8, 3),

@@ -146,6 +146,7 @@ _SMALL_SHARED = {
 }
 CONFIGS: Mapping[str, Mapping[str, Config]] = {
     "default": _SMALL_SHARED,
+    "default old": {"ieee": _tile(64, 64, 16, 8, 2)},
     "sm_86": _SMALL_SHARED,
     "sm_89": _SMALL_SHARED,
     "sm_80": {

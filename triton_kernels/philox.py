@@ -10,7 +10,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["STREAM_A", "STREAM_G", "STREAM_PROJECTION", "draw_tile", "key", "normal_tile", "sign_tile", "sparse_draw"]
+__all__ = [
+    "STREAM_A",
+    "STREAM_G",
+    "STREAM_PROJECTION",
+    "draw_tile",
+    "drawn_dot",
+    "key",
+    "normal_tile",
+    "sign_tile",
+    "sparse_draw",
+]
 
 STREAM_PROJECTION, STREAM_G, STREAM_A = 0, 1, 2
 """The streams of pyinf.ops.reference (a test compares them)."""
@@ -149,6 +159,34 @@ def draw_tile(
         return normal_tile(i, first, seed_low, seed_high, STREAM, K, DTYPE)
     else:
         return sign_tile(i, first // 128, seed_low, seed_high, STREAM, K, DTYPE)
+
+
+@triton.jit
+def _high_part(x):
+    """float32 x with the mantissa bits cut off that tf32 has no room for."""
+    return (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def drawn_dot(left, right, total, EXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """``total + left @ right`` for a right side that was made in registers; EXACT: of 0 and ±1.
+
+    "tf32x3" is written out: Triton 3.2 stops at its own where an operand was not loaded. Of a right side that tf32
+    holds exactly two products are enough.
+    """
+    if PRECISION == "tf32x3":
+        high = _high_part(left)
+        if EXACT:
+            total = tl.dot(left - high, right, total, input_precision="tf32")
+            total = tl.dot(high, right, total, input_precision="tf32")
+        else:
+            right_high = _high_part(right)
+            total = tl.dot(left - high, right_high, total, input_precision="tf32")
+            total = tl.dot(high, right - right_high, total, input_precision="tf32")
+            total = tl.dot(high, right_high, total, input_precision="tf32")
+    else:
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit

@@ -113,7 +113,7 @@ _SMALL_SHARED = {
     "ieee": _tile(32, 32, 16, 8, 2),
     "ieee_wide": _tile(32, 32, 16, 8, 2),
     "tf32": _tile(64, 64, 32, 8, 2),
-    "tf32_wide": _tile(64, 64, 32, 8, 2),
+    "tf32_wide": _tile(64, 32, 32, 8, 2),
     "tf32x3": _tile(64, 32, 16, 8, 2),
     "tf32x3_wide": _tile(64, 16, 16, 8, 2),
 }
@@ -126,8 +126,9 @@ CONFIGS: Mapping[str, Mapping[str, Config]] = {
         **_SMALL_SHARED,
         "half": _tile(128, 64, 64, 8, 3),
         "half_wide": _tile(64, 64, 64, 8, 3),
-        "tf32x3_wide": _tile(64, 32, 32, 8, 2),
     },
+    "default old": {"tf32x3": _tile(32, 32, 16, 8, 2)},
+    "sm_90 old": {"half": _tile(128, 64, 32, 8, 3), "half_wide": _tile(128, 32, 32, 8, 3)},
 }
 """Kinds: half precision, float32 by its precision; "_wide" for sketches of more than 80 columns. Chosen by what
 compiles without spills; not measured yet."""

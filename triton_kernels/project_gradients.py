@@ -20,7 +20,7 @@ from . import philox
 from .configs import Config, Table, all_configs, lookup
 from .fixed_order import is_aligned
 from .launch import Launch
-from .philox import draw_tile
+from .philox import draw_tile, drawn_dot
 from .tiles import dtype_name, kind_of
 
 __all__ = ["EPILOGUES", "LARGEST_K", "aot_cases", "project_launches", "token_splits"]
@@ -50,7 +50,8 @@ _SMALL = {
 }
 CONFIGS: Table = {
     "default": _SMALL,
-    "sm_90": {"half 64": _config(64, 64, 8, 4), "half 128": _config(64, 64, 8, 3)},
+    "sm_90": {"half 64": _config(64, 64, 8, 4), "half 128": _config(32, 64, 8, 3)},
+    "sm_90 old": {"half 64": _config(32, 64, 8, 3), "half 128": _config(32, 32, 8, 3)},
 }
 
 
@@ -75,9 +76,10 @@ def _projected(
                 mask=kept[:, None] & (column < k)[None, :],
                 other=0,
             ).to(x.dtype.element_ty)
+            total = tl.dot(left, right, total, input_precision=PRECISION)
         else:
             right = draw_tile(inner.to(tl.int64), 0, seed_low, seed_high, STREAM, K, NORMAL, x.dtype.element_ty)
-        total = tl.dot(left, right, total, input_precision=PRECISION)
+            total = drawn_dot(left, right, total, not NORMAL, PRECISION)
     return total
 
 
@@ -306,9 +308,8 @@ def aot_cases(arch: str) -> Iterator[tuple[str, Launch, dict[str, Any]]]:
             if dtype != torch.float16:
                 [launch] = launches(dtype, k, precision, config, True, d=d, n=300)
                 yield f"{name}-given", launch, {**claims, **copies}
-            if (
-                half or kind == "ieee 64"
-            ):  # float32 differs from these in the product, which is the same as with P given
+            # tf32 differs from these in the product, which is the same as with P given.
+            if half or kind in ("ieee 64", "tf32x3 64", "tf32x3 128"):
                 [launch] = launches(dtype, k, precision, config, d=d, n=300)
                 yield f"{name}-signs", launch, {**claims, **copies}
             if dtype == torch.bfloat16 and not odd:

@@ -23,7 +23,7 @@ from . import philox
 from .configs import Config, Table, all_configs, lookup
 from .fixed_order import is_aligned, sum_launch
 from .launch import Launch
-from .philox import sparse_draw
+from .philox import drawn_dot, sparse_draw
 from .random_projection import depth_splits, split_steps
 from .tiles import dtype_name, kind_of
 
@@ -74,7 +74,7 @@ def sparse_kernel(
         bucket, negative = sparse_draw(first + inner, step % nnz, buckets, seed_low, seed_high, STREAM)
         one = tl.where(negative == 1, -1.0, 1.0)
         S = tl.where(bucket.to(tl.int32)[:, None] == column[None, :], one[:, None], 0.0)
-        total = tl.dot(values, S.to(x.dtype.element_ty), total, input_precision=PRECISION)
+        total = drawn_dot(values, S.to(x.dtype.element_ty), total, True, PRECISION)
     at = out + (split.to(tl.int64) * batch + row.to(tl.int64)[:, None]) * k + column[None, :]
     tl.store(at, total * factor, mask=(row < batch)[:, None] & (column < k)[None, :])
 

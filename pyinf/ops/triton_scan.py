@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyinf.ops import triton_backend
 from pyinf.ops.precision import float32_precision
 from pyinf.ops.quantise import pack_signs, unpack_signs
 from pyinf.ops.triton_backend import FLOATS, check_tensors, register_triton, run
@@ -12,14 +13,22 @@ from pyinf.ops.triton_gradients import far_columns
 
 __all__ = ["scan_topk"]
 
-_LARGEST_K = 1024
+_LARGEST_K, _LARGEST_OLD_K = 1024, 512
+
+
+def _largest_k() -> tuple[int, str]:
+    """How many rows of a query the selection keeps, and what to say of it: before 3.6 Triton spills above 512."""
+    if triton_backend.interpreted() or triton_backend.triton_version() >= (3, 6):
+        return _LARGEST_K, ""
+    return _LARGEST_OLD_K, " (1024 from Triton 3.6 on)"
 
 
 def _check_scan(queries: Tensor, rows: Tensor, k: int, format: str, scale: Tensor | None) -> str | None:
     reason = check_tensors(queries, dtypes=(*FLOATS, torch.int8, torch.uint8))
     reason = reason or check_tensors(queries, rows, scale, dtypes=(*FLOATS, torch.int8, torch.uint8))
-    if reason is None and k > _LARGEST_K:
-        reason = f"the Triton kernel keeps at most {_LARGEST_K} rows a query; got k={k}"
+    largest, newer = _largest_k()
+    if reason is None and k > largest:
+        reason = f"the Triton kernel keeps at most {largest} rows a query{newer}; got k={k}"
     if reason is None and rows.shape[0] >= (1 << 31) - 1024:
         reason = f"the Triton kernel scans fewer than 2**31 rows at a time; got {rows.shape[0]}"
     reason = reason or far_columns(queries, rows)

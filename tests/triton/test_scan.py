@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pyinf import ops
 from pyinf.errors import BackendUnavailableError
+from pyinf.ops import triton_backend, triton_scan
 from pyinf.triton_kernels import scan_topk as kernels
 from tests.ops.cases import packed_signs
 from tests.triton.harness import quick, wider
@@ -122,3 +123,14 @@ def test_refusals_give_a_reason():
             ops.scan_topk(x, x, 1025)
         with pytest.raises(BackendUnavailableError, match="float64"):
             ops.scan_topk(x.double(), x.double(), 3)
+
+
+def test_an_old_triton_keeps_fewer(monkeypatch):
+    assert triton_scan._largest_k() == (1024, "")
+    monkeypatch.setattr(triton_backend, "interpreted", lambda: False)
+    monkeypatch.setattr(triton_backend, "triton_version", lambda: (3, 2))
+    assert triton_scan._largest_k() == (512, " (1024 from Triton 3.6 on)")
+    monkeypatch.setattr(triton_scan, "check_tensors", lambda *tensors, dtypes=(): None)
+    x = torch.ones(2000, 8)
+    assert "at most 512 rows" in triton_scan._check_scan(x[:1], x, 513, "bfloat16", None)
+    assert triton_scan._check_scan(x[:1], x, 512, "bfloat16", None) is None
