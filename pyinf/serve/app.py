@@ -46,7 +46,7 @@ log = logging.getLogger("pyinf.serve")
 
 _DESCRIPTION = (
     "Which training documents made the model say this? Send what it said, read the documents that influenced it most. "
-    "Every error is an object `error` with a `code` and a `message`."
+    "An error is an object with a code for programs and a message for people."
 )
 _ERRORS = {
     400: "not JSON, or a malformed Host header",

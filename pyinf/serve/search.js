@@ -35,6 +35,8 @@
   };
   const said = (value) => visible(typeof value === "string" ? value : JSON.stringify(value));
 
+  const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + ".";
+
   const problem = (title, text, fields) => {
     const box = $("problem");
     box.replaceChildren(make("strong", "", title), text);
@@ -57,7 +59,7 @@
       if (result.text.length > 1200) { text.classList.add("long"); text.tabIndex = 0; }
       item.append(text);
     } else item.append(make("p", "hint", "The store keeps no text of this document."));
-    const chips = Object.entries(result.metadata).map(([key, value]) =>
+    const chips = Object.entries(result.metadata).filter(([, value]) => value !== null).map(([key, value]) =>
       make("span", "chip", make("span", "", visible(key) + " "), said(value).slice(0, 200)));
     if (chips.length) item.append(make("div", "chips", ...chips));
     return make("li", "", item);
@@ -113,7 +115,7 @@
         if (response.status === 401 && token) { token.setAttribute("aria-invalid", "true"); token.focus(); }
         const later = response.headers.get("Retry-After");
         problem({ 401: "The token is not right", 422: "This cannot be asked", 503: "The service is busy" }[response.status] || "No answer",
-          visible(data.error.message) + "." + (later ? " Try again in " + later + " s." : ""), data.error.fields);
+          sentence(visible(data.error.message)) + (later ? " Try again in " + later + " s." : ""), data.error.fields);
       }
       if (token && response.status !== 401) token.removeAttribute("aria-invalid");
     } catch (error) {
