@@ -215,12 +215,31 @@ def _signature(name: str, function: Callable[..., Any]) -> str:
 # ------------------------------------------------------------------------------------------ files
 
 
+def measured_convergence() -> str:
+    """LDS of the iterates of refinement, a row a damping."""
+    import csv
+
+    path = ROOT / "benchmarks" / "results" / "board" / "convergence.csv"
+    if not path.is_file():
+        return "*not measured: benchmarks/results/board/convergence.csv is not there*"
+    with path.open(newline="") as handle:
+        found = {(float(r["damping"]), int(r["iteration"])): float(r["lds"]) for r in csv.DictReader(handle)}
+    iterations = sorted({i for _, i in found})
+    body = [
+        [f"{damping:g}", *(f"{found[damping, i]:.3f}" if (damping, i) in found else "" for i in iterations)]
+        for damping in sorted({d for d, _ in found})
+    ]
+    said = "LDS on the 10 tuning queries (`python -m benchmarks.board.convergence`); iteration 0: EK-FAC."
+    return f"{_table(['damping', *(f'iteration {i}' for i in iterations)], body)}\n\n{said}"
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "commands": commands,
     "exit-codes": exit_codes,
     "methods": methods,
     "method-options": method_options,
     "measured-block-cg": measured_block_cg,
+    "measured-convergence": measured_convergence,
     "eigensolvers": eigensolvers,
     "measured-eigensolvers": measured_eigensolvers,
     "ops": ops,

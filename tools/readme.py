@@ -221,7 +221,11 @@ def board() -> str:
     for row in rows:
         row["damping"] = f"{float(row['damping']):g}" if row["damping"] else "–"
         body.append([f"`{row['name']}`", *(row[c[1]] if c[1] == "damping" else value(row, *c[1:]) for c in columns)])
-    return markdown(["method", *(c[0] for c in columns)], body)
+    pairs = json.loads((RESULTS / "board" / "board.json").read_text())["over"].get("pairs", [])
+    text = "".join(
+        f"\n\n`{p['name']}` over `{p['over']}`: {p['value']:+.3f} [{p['low']:+.3f}, {p['high']:+.3f}]." for p in pairs
+    )
+    return markdown(["method", *(c[0] for c in columns)], body) + text
 
 
 def compiled() -> str:

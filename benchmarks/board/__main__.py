@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.board.rows import ROWS, Row
+from benchmarks.board.rows import ITERATIONS, ROWS, Row
 from benchmarks.peers.envs import python_of
 from pyinf import artifacts, evaluate
 from pyinf.cli._terminal import Screen
@@ -131,6 +131,13 @@ def differences(rows: list[dict[str, Any]], folder: Path, bank: evaluate.Bank) -
             both = over[row["name"]].both.to_dict() if row["name"] in over else {}
             for end, part in (("", "value"), ("_low", "low"), ("_high", "high")):
                 row[f"{metric}_over_{BASELINE}{end}"] = both.get(part)
+    pairs = [(f"ekfac_cg_{steps}", f"bergson_ekfac_cg_{steps}") for steps in ITERATIONS]
+    there = {row["name"] for row in rows}
+    found["pairs"] = [
+        {"name": own, "over": other, **evaluate.compare_rows(folder, bank, other, names=[own])[own].both.to_dict()}
+        for own, other in pairs
+        if {own, other} <= there
+    ]
     return found
 
 

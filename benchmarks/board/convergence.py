@@ -4,11 +4,13 @@
 
 The reported queries are left alone. The curvature is that of all training sequences, the start EK-FAC's own solution.
 Writes `benchmarks/results/board/convergence.csv`: damping, iteration, LDS, mean relative residual of the recurrence.
+Rows of other dampings that are there stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 from pathlib import Path
 
@@ -49,8 +51,12 @@ def main() -> None:
     )
     gradients = run.gradient_rows(data, batches, "train")
     G, order = gradients.matrix(), gradients.indices
-    rows: list[dict[str, float]] = []
     kept = RESULTS / "convergence.csv"
+    rows: list[dict[str, float]] = []
+    if kept.exists():
+        with kept.open(newline="") as handle:
+            found = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(handle)]
+        rows = [{**r, "iteration": int(r["iteration"])} for r in found if r["damping"] not in options.dampings]
 
     def lds(X: Tensor) -> float:
         scores = np.zeros((len(queries), len(train)))

@@ -177,10 +177,16 @@ def read_rows(folder: Path, bank: Bank | None = None) -> list[dict[str, Any]]:
 
 
 def compare_rows(
-    folder: Path, bank: Bank, baseline: str, kind: str = "half", seed: int = 0, resamples: int = 2000
+    folder: Path,
+    bank: Bank,
+    baseline: str,
+    kind: str = "half",
+    seed: int = 0,
+    resamples: int = 2000,
+    names: Sequence[str] | None = None,
 ) -> dict[str, LDS]:
     """LDS of every finished row minus that of the row ``baseline``, on the reported queries: the same resamples for
-    both, so that the interval is that of the difference.
+    both, so that the interval is that of the difference. ``names``: these rows only.
 
     Raises:
         ArtifactError: ``baseline`` is not finished.
@@ -195,5 +201,9 @@ def compare_rows(
     def own(name: str) -> np.ndarray:
         return np.load(folder / name / "scores.npy", allow_pickle=False)[reported]
 
-    names = [row["name"] for row in read_rows(folder, bank) if row["name"] != baseline]
-    return {n: lds_difference(own(n), own(baseline), counts, outcomes[:, reported], resamples) for n in names}
+    found = [row["name"] for row in read_rows(folder, bank) if row["name"] != baseline]
+    return {
+        n: lds_difference(own(n), own(baseline), counts, outcomes[:, reported], resamples)
+        for n in found
+        if names is None or n in names
+    }

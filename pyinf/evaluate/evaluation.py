@@ -217,19 +217,17 @@ def to_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]], digits: int = 4) -> str:
-    """Rows as CSV, columns in order of first appearance, floats with ``digits`` decimals, small ones (a damping of
-    1e-5) with as many digits instead.
-    """
+    """Rows as CSV, columns in order of first appearance, floats with ``digits`` decimals, dampings as they are."""
 
-    def cell(value: Any) -> Any:
+    def cell(name: str, value: Any) -> Any:
         if not isinstance(value, float):
             return "" if value is None else value
-        return f"{value:.{digits}f}" if value == 0 or abs(value) >= 10**-digits else f"{value:.{digits}g}"
+        return f"{value:g}" if name == "damping" else f"{value:.{digits}f}"
 
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
-        writer.writerow([cell(row.get(name)) for name in columns])
+        writer.writerow([cell(name, row.get(name)) for name in columns])
     return text.getvalue()
