@@ -73,12 +73,9 @@ def _too_old(device: torch.device) -> str | None:
     return f"pyinf's Triton kernels need compute capability 8.0 or newer; {device} has {major}.{minor}"
 
 
-_CHAINED = ("dense_scores", "low_rank_scores", "precondition_low_rank", "project_gradients")
-NEWER: dict[str, tuple[int, int]] = dict.fromkeys(
-    (*_CHAINED, "random_projection", "scan_topk", "sparse_projection"), (3, 6)
-)
-"""Ops whose kernels Triton 3.2 does not compile, or compiles with spills, and the version on which every configuration
-was seen to compile for sm_90 (with spills in a few that 3.9 has none in). The others pass the gate on 3.2 too."""
+NEWER: dict[str, tuple[int, int]] = {}
+"""Ops whose kernels the oldest supported Triton does not compile well, and the version that they need. None at present:
+where 3.2 spills or stops, configurations of its own stand in the tables (configs.OLD)."""
 
 
 @lru_cache(maxsize=1)
