@@ -24,7 +24,7 @@ from pyinf.data.models import resolve_device
 from pyinf.errors import ConfigError
 from pyinf.methods.options import settle
 from pyinf.plan import parse_bytes
-from pyinf.score import Scores, parse_rank
+from pyinf.score import Scores, check_basis, parse_rank
 
 __all__ = ["Job"]
 
@@ -69,7 +69,7 @@ class Job:
             screen.say(note)
         out = Path(options["out"])
         extra = {k: options[k] for k in ("eigensolver", "cache") if k in options} if method.kind == "gradient" else {}
-        for key in ("memory_budget", "token_budget", "query_rank"):
+        for key in ("memory_budget", "token_budget", "query_rank", "query_basis"):
             if options.get(key) is not None:
                 extra[key] = options[key]
         if method.kind == "gradient":
@@ -104,6 +104,7 @@ class Job:
         """Refuse a folder that holds another run; write the configuration beside the output."""
         names = ["method", "modules", "damping", "damping_mode", "fisher", "seed", "query_rank", "eigensolver"]
         names += [
+            "query_basis",
             "granularity",
             "per_module",
             "only_top",
@@ -250,6 +251,7 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ConfigError(f"unknown eigensolver {options['eigensolver']!r}; choose one of {', '.join(EIGENSOLVERS)}")
     if options.get("query_rank") is not None:
         options["query_rank"] = _rank(options["query_rank"])
+    check_basis(options.get("query_basis"), options.get("query_rank"))
     parse_bytes(options.get("memory_budget"))
     resolve_device(options["device"])
     if options.get("backend") is not None:

@@ -128,6 +128,10 @@ Fisher = Annotated[str, _option("--fisher", help="sampled labels, or the data's 
 QueryRank = Annotated[
     str | None, _option("--query-rank", help="Dense if not given; a rank; or a captured energy (0.99).", panel=_METHOD)
 ]
+QueryBasis = Annotated[
+    str | None,
+    _option("--query-basis", help="shared: all queries in one two-sided basis of --query-rank.", panel=_METHOD),
+]
 MethodOption = Annotated[
     list[str] | None,
     _option(

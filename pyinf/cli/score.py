@@ -86,6 +86,7 @@ def score(
     damping_mode: o.DampingMode = "relative",
     fisher: o.Fisher = "sampled",
     query_rank: o.QueryRank = None,
+    query_basis: o.QueryBasis = None,
     eigensolver: o.Eigensolver = "auto",
     method_option: o.MethodOption = None,
     tol: o.Tol = None,
