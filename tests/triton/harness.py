@@ -18,7 +18,7 @@ from torch import Tensor
 from pyinf.ops import use_backend
 from tests.ops.cases import Layer, make_layer
 
-__all__ = ["DTYPES", "N_THREADS", "any_layer", "compare", "error", "gate", "quick", "sizes"]
+__all__ = ["DTYPES", "N_THREADS", "any_layer", "compare", "error", "framed", "gate", "quick", "sizes"]
 
 DTYPES = (torch.float32, torch.float16)
 N_THREADS = 1
@@ -55,6 +55,16 @@ def wider(x: Tensor, by: int) -> Tensor:
     out = torch.full((x.shape[0], x.shape[1] + by), float("nan"), dtype=x.dtype)
     out[:, 1 : 1 + x.shape[1]] = x
     return out[:, 1 : 1 + x.shape[1]]
+
+
+def framed(x: Tensor, by: int = 64) -> Tensor:
+    """The same values as every second element of a window, with ``by`` rows and columns of NaN on all its sides: what
+    a kernel reads without a mask makes its result NaN, and strides of one are nowhere."""
+    rows, columns = x.shape[-2:]
+    out = torch.full((*x.shape[:-2], rows + 2 * by, 2 * (columns + 2 * by)), float("nan"), dtype=x.dtype)
+    window = out[..., by : by + rows, 2 * by : 2 * (by + columns) : 2]
+    window.copy_(x)
+    return window
 
 
 def error(out: Tensor, ref: Tensor) -> float:

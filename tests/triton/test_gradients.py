@@ -12,8 +12,9 @@ from pyinf.errors import BackendUnavailableError, ConfigError
 from pyinf.ops import costs
 from pyinf.ops.triton_gradients import far_columns, workspace_on
 from pyinf.triton_kernels import gradients as kernels
+from pyinf.triton_kernels.fixed_order import sum_launch
 from tests.ops.cases import Layer, make_layer
-from tests.triton.harness import DTYPES, any_layer, compare, gate, quick
+from tests.triton.harness import DTYPES, any_layer, compare, error, framed, gate, quick
 
 LONG_SUM = 1e-6  # few outputs that are sums of very many terms: plain torch's own error there is chance
 
@@ -70,11 +71,19 @@ def test_each_sequence_goes_its_own_way(dtype, monkeypatch):
     assert [launch.kernel.__name__ for launch in taken[-1]] == ["ghost_norm_kernel", "sum_kernel"]
 
 
+def test_norms_over_triangles_of_tiles():
+    """Sequences of two, three and four Gram tiles of 64 tokens, shared out over several programs each."""
+    x = make_layer([70, 0, 150, 200], 300, 290, torch.float32)
+    assert kernels.norm_crossover(300, 290, 64) > 200 and kernels.norm_splits(420, 4) > 1
+    compare(_norm(x), "gradient_norm", torch.float32, LONG_SUM)
+
+
 @pytest.mark.parametrize("ghost", [True, False])
 @pytest.mark.parametrize("exchanged", [True, False])
 def test_both_ways_of_a_product(ghost, exchanged):
-    x = make_layer([70, 0, 131], 70, 37, torch.float32, strided=True)
+    x = make_layer([70, 0, 131], 70, 37, torch.float32)
     y = make_layer([140, 5], 70, 37, torch.float32, seed=2)
+    x, y = (Layer(framed(z.g), framed(z.a), z.offsets) for z in (x, y))
     if exchanged:
         x, y = y, x
     out = torch.full((x.offsets.numel() - 1, y.offsets.numel() - 1), float("nan"))
@@ -90,6 +99,17 @@ def test_both_ways_of_a_product(ghost, exchanged):
     with ops.use_backend("reference"):
         [ref] = _dot(x, y)(torch.float64)
     gate(out, plain, ref, torch.float32, LONG_SUM)
+
+
+def test_partial_sums():
+    """The second kernel by itself: more partial sums than it takes at a time, few results and many."""
+    for splits, count in ((300, 21), (40, 4099)):
+        partial = torch.randn(splits, count, generator=torch.Generator().manual_seed(splits))
+        whole = partial.double().sum(0)
+        for root in (False, True):
+            out = torch.full((count,), float("nan"))
+            sum_launch(partial, out, 0.5, root).run()
+            assert error(out, 0.5 * (whole.clamp(min=0).sqrt() if root else whole)) < 1e-6
 
 
 def test_route_is_a_formula():

@@ -14,8 +14,8 @@ from pyinf.ops.triton_layout import near, padded
 from pyinf.triton_kernels import precondition as kernels
 from pyinf.triton_kernels import precondition_low_rank as sketches
 from pyinf.triton_kernels.tiles import MULTIPROCESSORS
-from tests.ops.cases import basis, make_layer, randn
-from tests.triton.harness import DTYPES, any_layer, error, gate, quick, sizes, wider
+from tests.ops.cases import Layer, basis, make_layer, randn
+from tests.triton.harness import DTYPES, any_layer, error, framed, gate, quick, sizes, wider
 
 
 def four_products(V, U_S, U_A, Lam, damping, dtype):
@@ -100,7 +100,8 @@ def test_half_precision_does_not_overflow():
 def test_product_tiles(group, divided):
     """Many tiles, the last of each row, column, depth and group cut; operands and outputs of any strides."""
     config = kernels.Config({"BM": 16, "BN": 32, "BK": 16, "GROUP": group})
-    x, y = randn(2, 41, 75, seed=1, dtype=torch.float32).mT, randn(2, 70, 41, seed=2, dtype=torch.float32).mT
+    x = framed(randn(2, 41, 75, seed=1, dtype=torch.float32)).mT
+    y = framed(randn(2, 70, 41, seed=2, dtype=torch.float32)).mT
     Lam = randn(70, 75, seed=3, dtype=torch.float32).abs().T
     buffer = torch.full((2, 71, 80), float("nan")).mT
     out = buffer[:, 2:77, 1:]
@@ -237,9 +238,11 @@ def test_low_rank_never_holds_the_gradient(monkeypatch):
 def test_sketch_tiles(width, transposed):
     """One pass by itself: several splits, tiles cut on every side, an empty query, a matrix for each query."""
     x = make_layer([9, 0, 30], 40, 75, torch.float32)
-    Lam = randn(40, 75, seed=1, dtype=torch.float32).abs()
+    x = Layer(framed(x.g), framed(x.a), x.offsets)
+    Lam = framed(randn(40, 75, seed=1, dtype=torch.float32).abs())
     left, right, divisor = (x.a, x.g, Lam.T) if transposed else (x.g, x.a, Lam)
-    omega = randn(3, divisor.shape[1], width, seed=2, dtype=torch.float32)
+    omega = torch.full((3, divisor.shape[1] + 16, width), float("nan"))[:, : divisor.shape[1]]
+    omega.copy_(randn(3, divisor.shape[1], width, seed=2, dtype=torch.float32))
     config = sketches.Config({"BM": 16, "BN": 16, "BK": 16})
     tiles = -(-divisor.shape[0] // 16)
     out, energy = torch.full((2, 3, divisor.shape[0], width), float("nan")), torch.full((2, 3, tiles), float("nan"))
@@ -252,7 +255,7 @@ def test_sketch_tiles(width, transposed):
 
 
 def test_the_test_matrix_is_the_shared_one():
-    out = torch.full((70, 80), float("nan"))
+    out = torch.full((70, 96), float("nan"))[:, :80]
     for launch in sketches.normal_matrix(out, 1 << 40):
         launch.run()
     stream = reference.STREAM_SKETCH

@@ -12,7 +12,7 @@ from pyinf.ops import costs, use_backend
 from pyinf.ops.triton_scores import low_rank_scores_shared
 from pyinf.triton_kernels import dense_scores, low_rank_scores, tiles
 from tests.ops.cases import Layer, layer, make_layer, randn, sums
-from tests.triton.harness import DTYPES, any_layer, compare, gate, quick, sizes, wider
+from tests.triton.harness import DTYPES, any_layer, compare, error, framed, gate, quick, sizes, wider
 
 FLOOR = 3e-6
 """Of a sum of very many terms into one number, as in tests/ops/test_values.py."""
@@ -84,18 +84,27 @@ def run(launches):
         launch.run()
 
 
-LENGTHS = [0, 5, 0, 0, 40, 1, 1, 16, 9, 0]
+LENGTHS = [0, 5, 0, 0, 42, 1, 2, 14, 8, 0]  # one ends where a tile of 16 tokens does, one begins at its last
+
+
+def framed_layer(d_out: int, d_in: int, dtype: torch.dtype, seed: int) -> Layer:
+    """Rows and columns apart in memory, NaN around them."""
+    x = make_layer(LENGTHS, d_out, d_in, dtype, seed=seed)
+    return Layer(framed(x.g), framed(x.a), x.offsets)
 
 
 @pytest.mark.parametrize(
     ("rank", "block", "per_token"),
     [(1, 1, False), (5, 4, False), (5, 8, True), (16, 16, True), (24, 8, False), (40, 16, False)],
 )
-def test_low_rank_tiles(rank, block, per_token):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_low_rank_tiles(rank, block, per_token, transposed):
     """Many small tiles: queries, ranks, tokens and depths that end inside one, sequences across and within them."""
-    x = make_layer(LENGTHS, 21, 35, torch.float32, seed=rank)
+    x = framed_layer(21, 35, torch.float32, seed=rank)
     queries = 3
     L, R = randn(queries, 21, rank, seed=1, dtype=torch.float32), randn(queries, rank, 35, seed=2, dtype=torch.float32)
+    if transposed:
+        L = L.mT.contiguous().mT
     scores = sums(queries, 72 if per_token else 10, seed=3, dtype=torch.float32)
     ref, plain = scores.double(), scores.clone()
     config = tiny(low_rank_scores.CONFIGS, BM=16, BN=16, BK=16, GROUP=2)
@@ -146,7 +155,7 @@ def test_layers_that_share_an_input(dtype, per_token, monkeypatch):
 @pytest.mark.parametrize("by", [torch.float32, torch.float16])
 def test_dense_tiles_by_sequence(together, by):
     """Groups of sequences that end in the middle, queries in another dtype than g and a, a strided window of them."""
-    x = make_layer(LENGTHS, 37, 50, torch.float16, seed=together)
+    x = framed_layer(37, 50, torch.float16, seed=together)
     V = randn(6, 37, 50, seed=1, dtype=by)
     V = wider(V.flatten(0, 1), 3).unflatten(0, (6, 37))[1:]
     scores = sums(5, 10, seed=3, dtype=torch.float32)
@@ -164,8 +173,8 @@ def test_dense_tiles_by_sequence(together, by):
 @pytest.mark.parametrize("splits", [1, 2, 3])
 @pytest.mark.parametrize("per_token", [False, True])
 def test_dense_tiles_by_token(splits, per_token):
-    x = make_layer(LENGTHS, 37, 50, torch.float32, seed=splits)
-    V = randn(3, 37, 50, seed=1, dtype=torch.float32)
+    x = framed_layer(37, 50, torch.float32, seed=splits)
+    V = framed(randn(3, 37, 50, seed=1, dtype=torch.float32))
     scores = sums(3, 72 if per_token else 10, seed=3, dtype=torch.float32)
     ref, plain = scores.double(), scores.clone()
     config = dense_scores.Config({"BM": 16, "BN": 16, "BK": 16})
@@ -178,14 +187,38 @@ def test_dense_tiles_by_token(splits, per_token):
     gate(scores, plain, ref, torch.float32, 1e-6)
 
 
+def test_sums_over_more_tiles_than_one_block():
+    """The second kernels by themselves: more tiles than they take at a time, added to what is there."""
+    offsets = torch.tensor([0, 90, 90, 93])  # of tiles of two tokens: 45 in the first sequence
+    held, partial = randn(5, 3, seed=1, dtype=torch.float32).T.contiguous().T, torch.full((2, 47 + 3, 5), float("nan"))
+    parts = randn(2, 47, 5, seed=2, dtype=torch.float32)
+    partial[:, :45], partial[:, 47:49] = parts[:, :45], parts[:, 45:]
+    expected = held.double()
+    expected[:, 0] += parts[:, :45].double().sum((0, 1))
+    expected[:, 2] += parts[:, 45:].double().sum((0, 1))
+    run([tiles.segment_sums(held, partial, offsets, 2)])
+    assert error(held, expected) < 1e-6
+
+    held, partial = randn(300, 5, seed=3, dtype=torch.float32).T, randn(2, 5, 300, seed=4, dtype=torch.float32)
+    expected = held.double() + partial.double().sum(0)
+    run([tiles.split_sums(held, partial)])
+    assert error(held, expected) < 1e-6
+
+    held, partial = randn(3, 4, seed=5, dtype=torch.float32).T, randn(3, 4, 600, seed=6, dtype=torch.float32)
+    expected = held.double() + partial.double().sum(2).T
+    x = torch.empty(1, 16)
+    run(dense_scores.by_sequence(held, x, x, torch.zeros(4, dtype=torch.int64), torch.empty(4, 16, 16), partial)[1:])
+    assert error(held, expected) < 1e-6
+
+
 def test_a_buffer_of_another_layout_is_added_to():
     """Scores that are a transposed window of a larger buffer; what lies around it stays."""
     x = layer("odd", torch.float32)
     L, R = randn(3, 33, 4, seed=1, dtype=torch.float32), randn(3, 4, 65, seed=2, dtype=torch.float32)
     for per_token in (False, True):
         columns = x.g.shape[0] if per_token else 4
-        buffer = torch.full((columns + 2, 7), 9.0)
-        window = buffer.T[2:5, 1:-1]
+        buffer = torch.full((columns + 2, 14), 9.0)
+        window = buffer.T[4:10:2, 1:-1]
         expected = torch.full((3, columns), 9.0, dtype=torch.float64)
         with use_backend("triton"):
             torch.ops.pyinf.low_rank_scores(window, x.g, x.a, x.offsets, L, R, per_token)
