@@ -24,6 +24,7 @@ from pyinf.methods.projected_options import (
     TRACKSTAR_OPTIONS,
     TRAK_OPTIONS,
 )
+from pyinf.methods.sketch_options import FACTORS_OPTIONS, GRASS_OPTIONS, LORIF_OPTIONS, RAPIDIN_OPTIONS
 
 __all__ = ["METHODS", "Method", "get"]
 
@@ -303,6 +304,38 @@ METHODS: dict[str, Method] = {
             factors="ekfac",
             compressor="onebit",
             options=ONEBIT_OPTIONS,
+        ),
+        Method(
+            "grass",
+            "gradients cut to some coordinates, then a sparse random projection, under their second moment",
+            "Hu et al. 2025, arXiv 2505.18976",
+            "one pass for the rows (and one over sampled examples for selective masks)",
+            compressor="grass",
+            options=GRASS_OPTIONS,
+        ),
+        Method(
+            "rapidin",
+            "dot products of the whole gradient, shuffled, signed and summed in blocks",
+            "Lin et al. 2024, arXiv 2405.11724",
+            "one pass for the rows; four bytes a traced parameter",
+            compressor="rapidin",
+            options=RAPIDIN_OPTIONS,
+        ),
+        Method(
+            "lorif",
+            "projected gradients kept as a few outer products, under a low-rank curvature",
+            "LoRIF 2026, arXiv 2601.21929",
+            "one pass for the rows",
+            compressor="lorif",
+            options=LORIF_OPTIONS,
+        ),
+        Method(
+            "factors",
+            "gradients kept as a few outer products, unprojected; queries under any fitted factors",
+            "pyinf (docs/sketches.md)",
+            "one pass for the rows (and the fit of factors, where a curvature is wanted)",
+            compressor="factors",
+            options=FACTORS_OPTIONS,
         ),
         Method(
             "bm25",
