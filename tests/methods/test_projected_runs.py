@@ -210,6 +210,23 @@ def test_a_killed_build_goes_on(case: Case, name: str, granularity: str, tmp_pat
     assert again.count == store.count
 
 
+def test_tokens_of_a_sequence_that_a_kill_cut_in_two_are_one_row(tmp_path) -> None:
+    from pyinf.store.build import _SequenceRows
+    from pyinf.store.format import StoreSpec
+    from pyinf.store.sections import layout
+    from pyinf.store.writer import StoreWriter
+
+    ids = [(3, 0), (3, 1), (5, 0), (1, 0), (1, 1), (5, 1), (5, 2), (2, 4)]
+    rows = torch.randn(len(ids), 4, generator=torch.Generator().manual_seed(0))
+    spec = StoreSpec("logra", layout([("a", "vector", (4,))]), "float32", "token")
+    with StoreWriter(tmp_path / "s", spec) as writer:
+        writer.append(np.array(ids), rows)
+        store = writer.finish()
+    found = torch.cat(list(_SequenceRows(store, torch.device("cpu"), torch.float32)))
+    wanted = torch.stack([rows[[n for n, (i, _) in enumerate(ids) if i == s]].sum(0) for s in (3, 1, 2, 5)])
+    assert torch.allclose(found, wanted, atol=1e-6)
+
+
 def test_a_store_of_something_else_is_refused(case: Case, tmp_path) -> None:
     build_store(made(case, "logra"), case.train, tmp_path / "s")
     with pytest.raises(ArtifactError, match="another store"):
