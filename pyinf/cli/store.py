@@ -15,7 +15,7 @@ from pyinf import artifacts
 from pyinf.cli import _options as o
 from pyinf.cli._job import _check_options, _examples, _method_options
 from pyinf.cli._options import effective
-from pyinf.cli._stores import attributor_for, normalise_of
+from pyinf.cli._stores import attributor_for, check_prefilter, exact_attributor, make_prefilter, normalise_of
 from pyinf.cli._terminal import Screen, guarded
 from pyinf.cli.store_plan import plan
 from pyinf.data import Examples, load_model, load_tokenizer
@@ -189,12 +189,19 @@ def query(
     sample: Annotated[
         int | None, _option("--sample", min=0, help="Examples with exact scores that measure recall.", panel=_FIND)
     ] = None,
-    bm25: Annotated[
-        float | None,
-        _option(
-            "--bm25", help="First leave out all but this share (or number) by BM25; its recall is shown.", panel=_FIND
-        ),
+    recall_by: Annotated[
+        str, _option("--recall-by", help="--recall holds for low, the interval's end, or value.", panel=_FIND)
+    ] = "low",
+    most: Annotated[
+        float, _option("--most", help="The most that --recall may compute: a share, or a number.", panel=_FIND)
+    ] = 0.1,
+    prefilter: Annotated[
+        str | None,
+        _option("--prefilter", help="Leave out most rows first: bm25 or embedding; its recall is shown.", panel=_FIND),
     ] = None,
+    keep: Annotated[
+        float, _option("--keep", help="What the prefilter keeps: a share of the store, or a number.", panel=_FIND)
+    ] = 0.1,
     fit_dir: Fit = None,
     adapter: o.Adapter = None,
     tokenizer: o.Tokenizer = None,
@@ -213,7 +220,9 @@ def query(
     separator: o.Separator = None,
     add_eos: o.AddEos = False,
     skip_empty: o.SkipEmpty = False,
-    damping: o.Damping = 0.1,
+    damping: Annotated[
+        float | None, _option("--damping", help="Of the exact scores; the store's if not given.", panel="Method")
+    ] = None,
     tol: o.Tol = None,
     batch_size: o.BatchSize = None,
     backend: o.Backend = None,
@@ -224,56 +233,32 @@ def query(
     json_output: o.Json = False,
 ) -> None:
     """The strongest training examples of every query, by the store alone or computed again with a stated recall."""
+    from pyinf.methods.rescoring import Rescoring
     from pyinf.store import Store, query_rows, query_store
 
     screen = Screen(quiet, json_output)
     exact = rescore is not None or recall is not None
-    if (exact or bm25 is not None) and train is None:
+    if (exact or prefilter is not None) and train is None:
         raise ConfigError("scores are computed again from the training data; give --train")
-    if bm25 is not None and not exact:
+    if prefilter is not None and not exact:
         raise ConfigError("a prefilter is used with its measured recall only, which needs exact scores; give --rescore")
+    check_prefilter(prefilter)
     with screen.session():
         options = effective(ctx)
         opened = Store.open(store)
         loaded, asked = _load(options, screen, "queries")
         rows = query_rows(attributor_for(opened, loaded, backend=backend), asked, opened)
-        rescorer = prefilter = None
+        settings: dict[str, Any] = {"normalise": normalise_of(opened)}
         if exact:
-            from pyinf.methods.rescoring import Rescoring
-
             data = _data(options, loaded, "train")
-            exactly = pyinf.Attributor(
-                loaded,
-                method=rescore_method,
-                modules=list(opened.spec.meta["modules"]),
-                damping=damping,
-                backend=backend,
-                run_dir=None if fit_dir is not None else _beside(store).with_suffix(f".{rescore_method}"),
+            home = None if fit_dir is not None else _beside(store).with_suffix(f".{rescore_method}")
+            exactly = exact_attributor(
+                opened, loaded, data, rescore_method, damping, fit_dir, home, batch_size, backend=backend
             )
-            if fit_dir is not None:
-                exactly.load_factors(fit_dir / "fit" / "factors")
-            else:
-                exactly.fit(data, batch_size)
-            rescorer = Rescoring(exactly, asked, data, opened.ids, batch_size, tol)
-            if bm25 is not None:
-                from pyinf.store.prefilter import BM25Prefilter
-
-                texts = [data.text(int(i)) for i in opened.ids]
-                prefilter = BM25Prefilter(
-                    asked, [data[int(i)] for i in opened.ids], [asked.text(q) for q in range(len(asked))], texts
-                )
-        found = query_store(
-            opened,
-            rows,
-            min(k, opened.count),
-            rescorer,
-            _count(rescore),
-            recall,
-            sample,
-            prefilter,
-            **({} if bm25 is None else {"keep": _count(bm25)}),
-            normalise=normalise_of(opened),
-        )
+            settings |= {"rescorer": Rescoring(exactly, asked, data, opened.ids, batch_size, tol), "sample": sample}
+            settings |= {"rescore": _count(rescore), "recall": recall, "recall_by": recall_by, "most": _count(most)}
+            settings |= {"prefilter": make_prefilter(prefilter, loaded, asked, data, opened), "keep": _count(keep)}
+        found = query_store(opened, rows, min(k, opened.count), **settings)
     answer = {"command": "store query", "store": str(store), "queries": len(asked), **found.to_dict()}
     if out is not None:
         artifacts.atomic_write_json(out, answer)
@@ -411,9 +396,16 @@ def _show(screen: Screen, asked: Examples, found: Any, show: int) -> None:
         screen.examples(f"query {q}: {asked.text(q)}", rows)
     if shown < len(asked):
         screen.result(f"… and {len(asked) - shown} more queries (--show)")
-    for name, estimate in (("recall", found.recall), ("recall of the prefilter", found.prefilter)):
+    for name, estimate in (("prefilter", found.prefilter), ("candidates", found.recall)):
         if estimate is not None:
-            screen.result(f"{name}  {estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})")
+            screen.result(f"{name}: {estimate}, {100 * estimate.level:g} %, measured on {estimate.sample} sequences")
+    if "candidates" in found.cost:
+        cost = found.cost
+        unknown = "" if found.recall is not None else "; their recall was not measured (--sample 0)"
+        screen.result(
+            f"{cost['candidates']} candidates a query ({100 * cost['share']:.2g} %), {cost['sequences_run']} sequences "
+            f"run again{unknown}"
+        )
 
 
 app.command("plan")(plan)

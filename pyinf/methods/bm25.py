@@ -6,59 +6,17 @@ Source: Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from pyinf.data.lexical import BM25Index, bm25_terms, documents_of
 from pyinf.errors import ConfigError, DataError
 from pyinf.progress import stage
 
 __all__ = ["bm25_scores", "bm25_terms"]
-
-_WORD = re.compile(r"[^\W_]+", re.UNICODE)
-
-
-def bm25_terms(text: str) -> list[str]:
-    """The words of ``text`` in order, case-folded: runs of letters and digits (``heap_push`` is two words)."""
-    return [word.casefold() for word in _WORD.findall(text)]
-
-
-def _documents(
-    examples: Sequence[Any], name: str, texts: Sequence[str] | None, split: Callable[[str], list[str]]
-) -> list[list[Hashable]]:
-    """One list of terms an example: words where there is text, token ids otherwise."""
-    if texts is not None:
-        if len(texts) != len(examples):
-            raise DataError(f"{name}: {len(texts)} texts for {len(examples)} examples; give one text an example.")
-        return [list(split(text)) for text in texts]
-    documents: list[list[Hashable]] = []
-    for i in range(len(examples)):
-        example = examples[i]
-        if isinstance(example, str):
-            documents.append(list(split(example)))
-        elif isinstance(example, Mapping) and "input_ids" in example:
-            ids = torch.as_tensor(example["input_ids"]).reshape(-1)
-            mask = example.get("attention_mask")
-            if mask is not None:
-                ids = ids[torch.as_tensor(mask).reshape(-1).bool()]
-            documents.append(list(ids.tolist()))
-        else:
-            raise DataError(f"{name}[{i}] is neither a text nor a mapping with 'input_ids'; BM25 needs one of them.")
-    return documents
-
-
-def _numbered(documents: Iterable[list[Hashable]], vocabulary: dict[Hashable, int], grow: bool) -> list[list[int]]:
-    """Terms as consecutive numbers; a term the training set has never seen is dropped when ``grow`` is false."""
-    numbered = []
-    for document in documents:
-        if grow:
-            numbered.append([vocabulary.setdefault(term, len(vocabulary)) for term in document])
-        else:
-            numbered.append([vocabulary[term] for term in document if term in vocabulary])
-    return numbered
 
 
 def bm25_scores(
@@ -100,22 +58,11 @@ def bm25_scores(
     for name, side in (("queries", queries), ("train", train)):
         if len(side) == 0:
             raise DataError(f"BM25: {name} is empty; give at least one example.")
-    try:
-        import bm25s
-    except ImportError as error:  # it is a declared dependency, so this is a broken installation
-        raise ConfigError("Method 'bm25' needs the package bm25s: pip install bm25s") from error
-
-    vocabulary: dict[Hashable, int] = {}
     with stage("BM25 index", total=len(train)) as running:
-        documents = _numbered(_documents(train, "train", train_texts, split), vocabulary, grow=True)
-        asked = _numbered(_documents(queries, "queries", query_texts, split), vocabulary, grow=False)
+        index = BM25Index(documents_of(train, "train", train_texts, split), k1, b)
+        asked = documents_of(queries, "queries", query_texts, split)
         scores = np.zeros((len(queries), len(train)), dtype=np.float32)
-        if vocabulary:
-            index = bm25s.BM25(k1=k1, b=b, method="lucene")
-            numbers = {number: number for number in range(len(vocabulary))}
-            index.index((documents, numbers), create_empty_token=False, show_progress=False)
-            for q, terms in enumerate(asked):
-                if terms:
-                    scores[q] = index.get_scores_from_ids(terms)
+        for q, terms in enumerate(asked):
+            scores[q] = index.scores(terms)
         running.advance(len(train))
     return torch.from_numpy(scores)

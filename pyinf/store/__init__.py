@@ -9,6 +9,7 @@ from pyinf.store.merge import compact as compact_store
 from pyinf.store.merge import merge as merge_stores
 from pyinf.store.quantise import FORMATS, decode, encode, row_bytes
 from pyinf.store.reader import Store
+from pyinf.store.retrieve import Rescorer, Retrieved, query_store
 from pyinf.store.scan import all_scores
 from pyinf.store.sections import Section, layout, section_scores
 from pyinf.store.writer import StoreWriter
@@ -16,6 +17,8 @@ from pyinf.store.writer import StoreWriter
 __all__ = [
     "FORMATS",
     "FaissIndex",
+    "Rescorer",
+    "Retrieved",
     "Section",
     "Store",
     "StoreSpec",
@@ -31,6 +34,7 @@ __all__ = [
     "open_compressor",
     "open_index",
     "query_rows",
+    "query_store",
     "row_bytes",
     "section_scores",
 ]

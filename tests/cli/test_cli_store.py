@@ -61,7 +61,7 @@ def test_query_by_the_store_and_again_with_exact_scores(built, model_dir):
     found = json.loads(exact.stdout)
     assert found["cost"]["candidates"] == 12 and found["recall"]["cut"] == 12
     assert found["values"] != answer["values"]
-    for more, match in ((("--rescore", "12"), "--train"), (("--train", train, "--bm25", "0.5"), "--rescore")):
+    for more, match in ((("--rescore", "12"), "--train"), (("--train", train, "--prefilter", "bm25"), "--rescore")):
         refused = run(*common, *more)
         assert refused.exit_code == 2 and match in refused.stderr
 
