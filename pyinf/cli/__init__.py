@@ -17,6 +17,8 @@ from pyinf.cli.evaluate import app as evaluate
 from pyinf.cli.fit import fit
 from pyinf.cli.report import report
 from pyinf.cli.score import score
+from pyinf.cli.serve import serve
+from pyinf.cli.store import app as store
 
 __all__ = ["app", "main"]
 
@@ -28,9 +30,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (attribute, fit, score, report, bench, doctor, demo):
+for _command in (attribute, fit, score, report, serve, bench, doctor, demo):
     app.command()(_command)
 app.add_typer(evaluate)
+app.add_typer(store)
 
 
 def _version(value: bool) -> None:
