@@ -1,12 +1,13 @@
 """Two-stage retrieval: a one-bit store in EK-FAC's basis, exact EK-FAC scores of at most 1 % of the sequences.
 
     python -m benchmarks.two_stage                       # everything; each part is kept in --work and not done twice
+    python -m benchmarks.two_stage --rotation pca --rank 1024 --pca-sequences 2048 --name two_stage-pca1024
 
 A small Llama is trained here on the text of Python's library, cut into sequences of 32 tokens; the first 20,480 are
 the training set. Exact EK-FAC scores of all queries over all of them are the truth. Then trials: 20 other queries and
 another calibration sample each, 1 % of the sequences re-scored a query through `pyinf.store.query_store`, whose stated
 recall@100 is compared with the true one. Results: `benchmarks/results/store/two_stage.csv` (a row a trial) and
-`two_stage.json`.
+`two_stage.json`, and the same of shorter rows under other names.
 """
 
 from __future__ import annotations
@@ -124,6 +125,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     exact_run.run_dir = None  # the small scorings of the second stage are not to be kept
 
     method = {"coordinates": options.coordinates, "rotation": options.rotation, "rank": options.rank}
+    if options.rotation == "pca":
+        method["pca_sequences"] = options.pca_sequences
     projected = pyinf.Attributor(model, "onebit", **common, **method)
     projected.load_factors(options.work / "fit" / "fit" / "factors")
     directory = options.work / f"store-{options.rotation}-{options.coordinates}-{options.rank}"
@@ -191,7 +194,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "machine": {"cpu": platform.machine(), "threads": torch.get_num_threads(), "python": platform.python_version()},
     }
-    write(content, trials, options.out)
+    write(content, trials, options.out, options.name)
     return content
 
 
@@ -238,16 +241,16 @@ def prefilters(
     return out
 
 
-def write(content: dict[str, Any], trials: list[dict[str, Any]], folder: Path) -> None:
-    """`two_stage.json` and `two_stage.csv`."""
+def write(content: dict[str, Any], trials: list[dict[str, Any]], folder: Path, name: str) -> None:
+    """``name.json`` and ``name.csv``."""
     folder.mkdir(parents=True, exist_ok=True)
-    artifacts.atomic_write_json(folder / "two_stage.json", content)
+    artifacts.atomic_write_json(folder / f"{name}.json", content)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(trials[0]), lineterminator="\n")
     writer.writeheader()
     for trial in trials:
         writer.writerow({n: f"{v:.4g}" if isinstance(v, float) else v for n, v in trial.items()})
-    artifacts.atomic_write_bytes(folder / "two_stage.csv", text.getvalue().encode())
+    artifacts.atomic_write_bytes(folder / f"{name}.csv", text.getvalue().encode())
 
 
 def main() -> None:
@@ -263,9 +266,11 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=1024, help="sequences of the calibration")
     parser.add_argument("--keep", type=float, default=0.1, help="of a prefilter")
     parser.add_argument("--damping", type=float, default=0.1)
-    parser.add_argument("--rotation", default="pca", choices=["pca", "hadamard", "none"])
+    parser.add_argument("--rotation", default="hadamard", choices=["pca", "hadamard", "none"])
     parser.add_argument("--coordinates", type=int, default=12_288)
-    parser.add_argument("--rank", type=int, default=1024)
+    parser.add_argument("--rank", type=int, default=16_384)
+    parser.add_argument("--pca-sequences", type=int, default=4096, help="sampled for the principal directions")
+    parser.add_argument("--name", default="two_stage", help="of the files in --out")
     parser.add_argument("--vocabulary", type=int, default=1024)
     parser.add_argument("--epochs", type=int, default=2)
     content = run(parser.parse_args())
