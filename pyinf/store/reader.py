@@ -95,6 +95,11 @@ class Store:
         return row_width(self.sections)
 
     @property
+    def normalise(self) -> str:
+        """How its scores are normalised, for :func:`pyinf.store.scan.scan`: norms are kept where they divide scores."""
+        return "norm" if self.spec.norms else "none"
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all files on disk but the manifest."""
         return sum(info["bytes"] for info in self.manifest.files.values())
@@ -154,8 +159,14 @@ class Store:
         return self._flat("rows", "u1", self.spec.row_bytes, start, stop)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop``: float32 ``[stop − start, width]``."""
-        return decode(self.raw(start, stop), self.sections, self.spec.format)
+        """Rows ``start`` to ``stop``: float32 ``[stop − start, width]``, in memory of their own.
+
+        The pages that were read are given back: the memory of a walk does not grow with the store.
+        """
+        out = decode(self.raw(start, stop), self.sections, self.spec.format)
+        for index, a, b in self._pieces(start, stop):
+            self._give_back(index, a, b)
+        return out
 
     def take(self, rows: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         """Rows by number, in the given order: float32 ``[n, width]``. ``ConfigError`` for one that is not there."""
@@ -175,12 +186,24 @@ class Store:
         if step < 1:
             raise ConfigError(f"block_rows must be at least 1; got {block_rows}")
         for index, shard in enumerate(self.manifest.shards):
-            whole = self._map(index, "rows")
-            rows = np.asarray(whole).reshape(shard.rows, self.spec.row_bytes)
+            rows = np.asarray(self._map(index, "rows")).reshape(shard.rows, self.spec.row_bytes)
             for a in range(0, shard.rows, step):
                 b = min(shard.rows, a + step)
                 yield shard.first + a, shard.first + b, rows[a:b]
-                _give_back(whole, a * self.spec.row_bytes, b * self.spec.row_bytes)
+                self._give_back(index, a, b)
+
+    def _give_back(self, index: int, start: int, stop: int) -> None:
+        """Tell the system that these rows of a shard are not needed for now; it reads them again if they are."""
+        array = self._map(index, "rows")
+        map_ = getattr(array, "_mmap", None)
+        if map_ is None or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        page, size = mmap.PAGESIZE, self.spec.row_bytes
+        first = start * size // page * page
+        last = array.nbytes if stop * size >= array.nbytes else stop * size // page * page
+        if last > first:
+            with contextlib.suppress(OSError, ValueError):
+                map_.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def read_blocks(self, block_rows: int) -> Iterator[Rows]:
         """All rows in order with everything beside them, as a merge wants them."""
@@ -305,17 +328,3 @@ class Store:
 def default_block_rows(width: int) -> int:
     """Rows whose float32 values take 64 MiB, from 64 to 65,536."""
     return max(64, min(1 << 16, _BLOCK_BYTES // (4 * width)))
-
-
-def _give_back(array: np.ndarray, start: int, stop: int) -> None:
-    """Tell the system that these bytes of a map are not needed for now; it reads them again if they are."""
-    map_ = getattr(array, "_mmap", None)
-    if map_ is None or not hasattr(mmap, "MADV_DONTNEED"):
-        return
-    page = mmap.PAGESIZE
-    first, last = start // page * page, stop // page * page
-    if stop >= array.nbytes:
-        last = array.nbytes
-    if last > first:
-        with contextlib.suppress(OSError, ValueError):
-            map_.madvise(mmap.MADV_DONTNEED, first, last - first)

@@ -155,7 +155,7 @@ def test_what_cannot_be_scanned_is_refused(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_store(tmp_path, monkeypatch):
-    """Peak resident memory of scan and verify over 64 MiB of rows stays far below them (their map is given back)."""
+    """Peak memory of scan, verify and a walk over 64 MiB of rows stays far below them: their map is given back."""
     import resource
 
     what = StoreSpec("x", layout([("", "vector", (4096,))]), "1bit")
@@ -179,6 +179,8 @@ def test_memory_does_not_grow_with_the_store(tmp_path, monkeypatch):
     before = peak()
     scan(store, queries, 3, coarse="sign")
     store.verify()
+    for start in range(0, store.count, 256):
+        store.rows(start, start + 256)
     assert peak() - before < 24 << 20, (before, peak(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
