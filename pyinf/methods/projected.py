@@ -92,7 +92,6 @@ class ProjectedRun(SolvedRun):
     compressor: Compressor | None = None
     table: RowTable | None = None
     _fitted: tuple[Any, ...] = ()
-    _streamed: bool = field(default=False)
 
     def fresh(self) -> Compressor:
         """A compressor with the run's options, not prepared."""
@@ -109,7 +108,7 @@ class ProjectedRun(SolvedRun):
     def splits(self) -> bool:
         """Whether a score is a sum over tokens and over layers."""
         fresh = self.fresh()
-        return fresh.linear and fresh.normalise == "none" and not self.options.get("joint")
+        return fresh.linear and fresh.layered and fresh.normalise == "none"
 
     def rig(self, plan: Plan) -> Rig:
         """What passes take."""
@@ -148,8 +147,8 @@ class ProjectedRun(SolvedRun):
         """Prepare, make the rows of ``data`` and finish; at once where that was done before."""
         damping = self.damping[0] if damping is None else damping
         early = self.fresh().early_damping
-        key = (content_of(data), factors, damping if early else None)
-        if self.compressor is not None and self._fitted[::2] == key[::2] and self._fitted[1] is factors:
+        key = (content_of(data), damping if early else None)
+        if self.compressor is not None and self._fitted[:2] == key and self._fitted[2] is factors:
             return self.compressor
         started = time.perf_counter()
         compressor = self.prepared(data, factors, plan, damping)
@@ -162,7 +161,7 @@ class ProjectedRun(SolvedRun):
         )
         compressor.finish(self.table.rows)
         self._add_time("rows", started)
-        self.compressor, self._fitted = compressor, key
+        self.compressor, self._fitted = compressor, (*key, factors)
         return compressor
 
     def query_rows(
@@ -213,7 +212,7 @@ class ProjectedRun(SolvedRun):
         return sinks.result(), facts
 
     def _check(self, request: ScoreRequest) -> None:
-        if request.query_rank is not None or getattr(request, "query_basis", None) is not None:
+        if request.query_rank is not None or request.query_basis is not None:
             raise ConfigError(f"method '{self.method.name}' compresses gradients itself; leave query_rank out")
         fresh = self.fresh()
         if request.granularity == "token" and (not fresh.linear or fresh.normalise != "none"):
@@ -221,12 +220,11 @@ class ProjectedRun(SolvedRun):
                 f"method '{self.method.name}' (normalise={fresh.normalise}) has no scores per token; "
                 "use granularity='sequence', or an unnormalised linear method"
             )
-        if request.per_module and self.options.get("joint"):
+        if request.per_module and not fresh.layered:
+            hint = "; joint=False has them" if "joint" in self.options else ""
             raise ConfigError(
-                f"method '{self.method.name}' projects all layers together; joint=False has scores by module"
+                f"method '{self.method.name}' projects all layers together and has no scores by module{hint}"
             )
-        if request.per_module and not fresh.linear and "joint" not in self.options:
-            raise ConfigError(f"method '{self.method.name}' projects all layers together and has no scores by module")
 
     def _score_rows(
         self,

@@ -150,7 +150,7 @@ def test_a_store_scores_as_memory_does(case: Case, name: str, tmp_path) -> None:
     store.verify()
     fresh = made(case, name)  # nothing fitted: everything comes from the store
     queries = query_rows(fresh, case.queries, Store.open(tmp_path / "s"))
-    normalise = "norm" if store.spec.norms else "none"
+    normalise = store.normalise
     found = torch.empty(wanted.shape)
     found[:, torch.tensor(store.ids)] = all_scores(store, queries.float(), normalise=normalise)
     assert oracle.error(found, wanted) < 1e-4  # the store and its scan are float32
@@ -262,10 +262,12 @@ def test_errors(case: Case, tmp_path) -> None:
         case.attributor("logra", curvature="ggn")
     with pytest.raises(ConfigError, match="leave query_rank out"):
         case.attributor("logra", rank=4, query_rank=2).score(case.queries, case.train)
-    with pytest.raises(ConfigError, match="joint=False has scores by module"):
+    with pytest.raises(ConfigError, match="joint=False has them"):
         made(case, "trak").score(case.queries, case.train, per_module=True)
     with pytest.raises(ConfigError, match="no scores by module"):
         made(case, "less").score(case.queries, case.train, per_module=True)
+    with pytest.raises(ConfigError, match="no scores by module"):
+        case.attributor("grass", factorised=False, k=8, mask_size=16).score(case.queries, case.train, per_module=True)
     with pytest.raises(ConfigError, match="no scores per token"):
         made(case, "logra-relatif").score(case.queries, case.train, granularity="token")
     with pytest.raises(ConfigError, match="give queries="):

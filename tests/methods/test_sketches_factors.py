@@ -172,6 +172,16 @@ def test_lorif_scores_are_those_of_the_explicit_computation(options):
     assert error(other.score(QUERIES, TRAIN, batch_size=5).values, scores) < 1e-7
 
 
+@pytest.mark.parametrize(("method", "options"), [("factors", {"rank": 2}), ("lorif", {"shrink": 2})])
+def test_layers_add_up(method, options):
+    attributor = pyinf.Attributor(tiny(), method, **options).fit(TRAIN)
+    whole = attributor.score(QUERIES, TRAIN).values
+    parts = attributor.score(QUERIES, TRAIN, per_module=True).values
+    assert set(parts) == set(attributor.selection.names)
+    total = sum(parts.values())
+    assert (total - whole).norm() < 1e-9 * whole.norm() and whole.norm() > 0
+
+
 def test_a_truncated_curvature_only_keeps_its_rank():
     attributor = pyinf.Attributor(tiny(), "lorif", shrink=2, curvature_rank=3).fit(TRAIN)
     for section in attributor._run.compressor.sections:

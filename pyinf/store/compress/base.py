@@ -184,6 +184,11 @@ class Compressor:
         return "none"
 
     @property
+    def layered(self) -> bool:
+        """Whether every layer has sections of its own, so that a score is a sum over layers."""
+        return True
+
+    @property
     def damped(self) -> bool:
         """Whether the scores depend on the damping."""
         return True

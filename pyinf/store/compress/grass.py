@@ -106,6 +106,11 @@ class GraSS(Compressor):
     curvature: RowCurvature | None = None
 
     @property
+    def layered(self) -> bool:
+        """Whether every layer has sections of its own."""
+        return bool(self.options["factorised"])
+
+    @property
     def damped(self) -> bool:
         """Whether there is a curvature to damp."""
         return self.options["curvature"] != "none"

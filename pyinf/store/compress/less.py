@@ -67,6 +67,11 @@ class Less(Compressor):
     _finished: bool = False
 
     @property
+    def layered(self) -> bool:
+        """All layers in one projection."""
+        return False
+
+    @property
     def damped(self) -> bool:
         """No curvature, no damping."""
         return False

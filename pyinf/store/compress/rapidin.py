@@ -118,6 +118,11 @@ class RapidIn(Compressor):
         return False
 
     @property
+    def layered(self) -> bool:
+        """Whether every layer has sections of its own."""
+        return False
+
+    @property
     def normalise(self) -> str:
         """See :class:`Compressor`."""
         return "both" if self.options["similarity"] == "cosine" else "none"

@@ -116,6 +116,11 @@ class Trak(Compressor):
     margin: MarginTask | None = None
 
     @property
+    def layered(self) -> bool:
+        """Whether every layer has sections of its own."""
+        return not self.options["joint"]
+
+    @property
     def normalise(self) -> str:
         """Weights are kept as their inverses, the norms that scores are divided by."""
         return "train" if self.options["output"] == "margin" else "none"
