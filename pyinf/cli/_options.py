@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-__all__ = ["read_config"]
+__all__ = ["effective", "option", "read_config"]
 
 
 def read_config(path: Path, names: dict[str, bool]) -> dict[str, Any]:
@@ -85,92 +85,93 @@ def effective(ctx: typer.Context) -> dict[str, Any]:
 _MODEL, _DATA, _METHOD, _WORK, _OUT = "Model", "Data", "Method", "Resources", "Output"
 
 
-def _option(*names: str, help: str, panel: str, **extra: Any) -> Any:
+def option(*names: str, help: str, panel: str, **extra: Any) -> Any:
+    """An option of the command line, shown under ``panel``."""
     return typer.Option(*names, help=help, rich_help_panel=panel, **extra)
 
 
-Model = Annotated[str, _option("--model", help="Folder of the model, or its hub name.", panel=_MODEL)]
-Adapter = Annotated[str | None, _option("--adapter", help="Folder or hub name of a PEFT adapter.", panel=_MODEL)]
-Tokenizer = Annotated[str | None, _option("--tokenizer", help="Tokenizer, if not the model's.", panel=_MODEL)]
-Revision = Annotated[str | None, _option("--revision", help="Revision of a hub model.", panel=_MODEL)]
+Model = Annotated[str, option("--model", help="Folder of the model, or its hub name.", panel=_MODEL)]
+Adapter = Annotated[str | None, option("--adapter", help="Folder or hub name of a PEFT adapter.", panel=_MODEL)]
+Tokenizer = Annotated[str | None, option("--tokenizer", help="Tokenizer, if not the model's.", panel=_MODEL)]
+Revision = Annotated[str | None, option("--revision", help="Revision of a hub model.", panel=_MODEL)]
 TrustRemoteCode = Annotated[
-    bool, _option("--trust-remote-code", help="Run code that the model brings. Read it first.", panel=_MODEL)
+    bool, option("--trust-remote-code", help="Run code that the model brings. Read it first.", panel=_MODEL)
 ]
-Device = Annotated[str, _option("--device", help="auto, cpu, cuda, cuda:N.", panel=_MODEL)]
-Dtype = Annotated[str, _option("--dtype", help="auto (the checkpoint's), float32, bfloat16, …", panel=_MODEL)]
+Device = Annotated[str, option("--device", help="auto, cpu, cuda, cuda:N.", panel=_MODEL)]
+Dtype = Annotated[str, option("--dtype", help="auto (the checkpoint's), float32, bfloat16, …", panel=_MODEL)]
 
 _SOURCES = "JSON lines, JSON, CSV, Parquet, text, a folder, a saved dataset or a hub name"
-Train = Annotated[str, _option("--train", help=f"Training data: {_SOURCES}.", panel=_DATA)]
-Queries = Annotated[str, _option("--queries", help="What the model said: the same formats.", panel=_DATA)]
+Train = Annotated[str, option("--train", help=f"Training data: {_SOURCES}.", panel=_DATA)]
+Queries = Annotated[str, option("--queries", help="What the model said: the same formats.", panel=_DATA)]
 Field = Annotated[
-    list[str] | None, _option("--field", help="What the files call a field: prompt=instruction.", panel=_DATA)
+    list[str] | None, option("--field", help="What the files call a field: prompt=instruction.", panel=_DATA)
 ]
-Limit = Annotated[int | None, _option("--limit", min=1, help="Use the first N training rows.", panel=_DATA)]
-QueryLimit = Annotated[int | None, _option("--query-limit", min=1, help="Use the first N queries.", panel=_DATA)]
-TrainSplit = Annotated[str | None, _option("--train-split", help="Split of a training dataset.", panel=_DATA)]
-QuerySplit = Annotated[str | None, _option("--query-split", help="Split of a query dataset.", panel=_DATA)]
-MaxLength = Annotated[int | None, _option("--max-length", min=1, help="Cut sequences after N tokens.", panel=_DATA)]
-Truncate = Annotated[bool, _option("--truncate", help="Cut sequences at the model's positions.", panel=_DATA)]
-PromptLoss = Annotated[bool, _option("--prompt-loss", help="Count the prompt as well as the response.", panel=_DATA)]
+Limit = Annotated[int | None, option("--limit", min=1, help="Use the first N training rows.", panel=_DATA)]
+QueryLimit = Annotated[int | None, option("--query-limit", min=1, help="Use the first N queries.", panel=_DATA)]
+TrainSplit = Annotated[str | None, option("--train-split", help="Split of a training dataset.", panel=_DATA)]
+QuerySplit = Annotated[str | None, option("--query-split", help="Split of a query dataset.", panel=_DATA)]
+MaxLength = Annotated[int | None, option("--max-length", min=1, help="Cut sequences after N tokens.", panel=_DATA)]
+Truncate = Annotated[bool, option("--truncate", help="Cut sequences at the model's positions.", panel=_DATA)]
+PromptLoss = Annotated[bool, option("--prompt-loss", help="Count the prompt as well as the response.", panel=_DATA)]
 Separator = Annotated[
-    str | None, _option("--separator", help="Between prompt and response (a space where none is).", panel=_DATA)
+    str | None, option("--separator", help="Between prompt and response (a space where none is).", panel=_DATA)
 ]
-AddEos = Annotated[bool, _option("--add-eos", help="Append the tokenizer's end token.", panel=_DATA)]
-SkipEmpty = Annotated[bool, _option("--skip-empty", help="Leave out rows without a token.", panel=_DATA)]
+AddEos = Annotated[bool, option("--add-eos", help="Append the tokenizer's end token.", panel=_DATA)]
+SkipEmpty = Annotated[bool, option("--skip-empty", help="Leave out rows without a token.", panel=_DATA)]
 
-MethodName = Annotated[str, _option("--method", help="How to attribute; see pyinf.methods().", panel=_METHOD)]
+MethodName = Annotated[str, option("--method", help="How to attribute; see pyinf.methods().", panel=_METHOD)]
 Modules = Annotated[
-    list[str] | None, _option("--modules", help="Layers to trace: a name or a glob; several times.", panel=_METHOD)
+    list[str] | None, option("--modules", help="Layers to trace: a name or a glob; several times.", panel=_METHOD)
 ]
-Damping = Annotated[float, _option("--damping", help="λ, as a share of the mean eigenvalue of a layer.", panel=_METHOD)]
-DampingMode = Annotated[str, _option("--damping-mode", help="relative or absolute.", panel=_METHOD)]
-Fisher = Annotated[str, _option("--fisher", help="sampled labels, or the data's own: empirical.", panel=_METHOD)]
+Damping = Annotated[float, option("--damping", help="λ, as a share of the mean eigenvalue of a layer.", panel=_METHOD)]
+DampingMode = Annotated[str, option("--damping-mode", help="relative or absolute.", panel=_METHOD)]
+Fisher = Annotated[str, option("--fisher", help="sampled labels, or the data's own: empirical.", panel=_METHOD)]
 QueryRank = Annotated[
-    str | None, _option("--query-rank", help="Dense if not given; a rank; or a captured energy (0.99).", panel=_METHOD)
+    str | None, option("--query-rank", help="Dense if not given; a rank; or a captured energy (0.99).", panel=_METHOD)
 ]
 QueryBasis = Annotated[
     str | None,
-    _option("--query-basis", help="shared: all queries in one two-sided basis of --query-rank.", panel=_METHOD),
+    option("--query-basis", help="shared: all queries in one two-sided basis of --query-rank.", panel=_METHOD),
 ]
 MethodOption = Annotated[
     list[str] | None,
-    _option(
+    option(
         "--method-option",
         help="An option of the method's own, name=value: max_iterations=50; several times.",
         panel=_METHOD,
     ),
 ]
 Tol = Annotated[
-    float | None, _option("--tol", help="Refine until residual and error bound are at most this.", panel=_METHOD)
+    float | None, option("--tol", help="Refine until residual and error bound are at most this.", panel=_METHOD)
 ]
 Certify = Annotated[
     bool | None,
-    _option(
+    option(
         "--certify/--no-certify",
         help="Measure certificates; default: where it costs no more than a tenth of the run.",
         panel=_METHOD,
     ),
 ]
-Eigensolver = Annotated[str, _option("--eigensolver", help="How eigenbases are computed.", panel=_METHOD)]
-Seed = Annotated[int, _option("--seed", help="Seed of everything drawn.", panel=_METHOD)]
+Eigensolver = Annotated[str, option("--eigensolver", help="How eigenbases are computed.", panel=_METHOD)]
+Seed = Annotated[int, option("--seed", help="Seed of everything drawn.", panel=_METHOD)]
 
-BatchSize = Annotated[int | None, _option("--batch-size", min=1, help="Sequences a batch, at most.", panel=_WORK)]
+BatchSize = Annotated[int | None, option("--batch-size", min=1, help="Sequences a batch, at most.", panel=_WORK)]
 TokenBudget = Annotated[
-    int | None, _option("--token-budget", min=1, help="Padded tokens a batch, at most.", panel=_WORK)
+    int | None, option("--token-budget", min=1, help="Padded tokens a batch, at most.", panel=_WORK)
 ]
-MemoryBudget = Annotated[str | None, _option("--memory-budget", help="Memory to stay within: 8GiB.", panel=_WORK)]
-Cache = Annotated[str, _option("--cache", help="Keep what layers saw: auto, memory, disk, none.", panel=_WORK)]
-Backend = Annotated[str | None, _option("--backend", help="Which kernels: auto, reference, torch, cpu, …", panel=_WORK)]
+MemoryBudget = Annotated[str | None, option("--memory-budget", help="Memory to stay within: 8GiB.", panel=_WORK)]
+Cache = Annotated[str, option("--cache", help="Keep what layers saw: auto, memory, disk, none.", panel=_WORK)]
+Backend = Annotated[str | None, option("--backend", help="Which kernels: auto, reference, torch, cpu, …", panel=_WORK)]
 
-Out = Annotated[Path, _option("--out", help="Folder of the run; the same run again goes on there.", panel=_OUT)]
-Topk = Annotated[int, _option("--topk", min=1, help="Examples shown a query, at each end.", panel=_OUT)]
-Show = Annotated[int, _option("--show", min=0, help="Queries shown in the terminal.", panel=_OUT)]
-Report = Annotated[bool, _option("--report/--no-report", help="Write the HTML report.", panel=_OUT)]
+Out = Annotated[Path, option("--out", help="Folder of the run; the same run again goes on there.", panel=_OUT)]
+Topk = Annotated[int, option("--topk", min=1, help="Examples shown a query, at each end.", panel=_OUT)]
+Show = Annotated[int, option("--show", min=0, help="Queries shown in the terminal.", panel=_OUT)]
+Report = Annotated[bool, option("--report/--no-report", help="Write the HTML report.", panel=_OUT)]
 Config = Annotated[
     Path | None,
-    _option(
+    option(
         "--config", help="YAML file of options; flags override it.", panel=_OUT, callback=_use_config, is_eager=True
     ),
 ]
-Quiet = Annotated[bool, _option("--quiet", "-q", help="Say nothing but errors.", panel=_OUT)]
-Json = Annotated[bool, _option("--json", help="Print a summary as JSON on standard output.", panel=_OUT)]
+Quiet = Annotated[bool, option("--quiet", "-q", help="Say nothing but errors.", panel=_OUT)]
+Json = Annotated[bool, option("--json", help="Print a summary as JSON on standard output.", panel=_OUT)]

@@ -31,49 +31,45 @@ app = typer.Typer(
 _BANK, _RETRAIN, _SCORES, _OUT = "Bank", "Retrainings", "Scores", "Output"
 
 
-def _option(*names: str, help: str, panel: str, **extra: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, **extra)
-
-
-BankDir = Annotated[Path, _option("--bank", help="Folder of the bank.", panel=_BANK)]
+BankDir = Annotated[Path, o.option("--bank", help="Folder of the bank.", panel=_BANK)]
 ProtocolName = Annotated[
     str,
-    _option(
+    o.option(
         "--protocol",
         help="quick, small, gpu; or module:name of a protocol of your own, or of a function that makes one.",
         panel=_BANK,
     ),
 ]
 Own = Annotated[
-    str | None, _option("--protocol", help="module:name, for a bank of a protocol of your own.", panel=_BANK)
+    str | None, o.option("--protocol", help="module:name, for a bank of a protocol of your own.", panel=_BANK)
 ]
-Workers = Annotated[int, _option("--workers", min=1, help="Processes that train at once.", panel=_RETRAIN)]
-Controls = Annotated[int, _option("--controls", min=1, help="Random removals of as many, to compare.", panel=_RETRAIN)]
+Workers = Annotated[int, o.option("--workers", min=1, help="Processes that train at once.", panel=_RETRAIN)]
+Controls = Annotated[int, o.option("--controls", min=1, help="Random removals of as many, to compare.", panel=_RETRAIN)]
 
 
 @app.command("bank")
 @guarded
 def bank(
     protocol: ProtocolName,
-    out: Annotated[Path, _option("--out", help="Folder of the bank; the same command goes on there.", panel=_BANK)],
+    out: Annotated[Path, o.option("--out", help="Folder of the bank; the same command goes on there.", panel=_BANK)],
     setting: Annotated[
-        list[str] | None, _option("--set", help="A setting of a ready protocol: epochs=3; several times.", panel=_BANK)
+        list[str] | None, o.option("--set", help="A setting of a ready protocol: epochs=3; several times.", panel=_BANK)
     ] = None,
-    threads: Annotated[int, _option("--threads", min=1, help="CPU threads of one training.", panel=_RETRAIN)] = 1,
+    threads: Annotated[int, o.option("--threads", min=1, help="CPU threads of one training.", panel=_RETRAIN)] = 1,
     workers: Workers = 1,
-    half: Annotated[int, _option("--half", min=0, help="Random half subsets (LDS).", panel=_RETRAIN)] = 100,
+    half: Annotated[int, o.option("--half", min=0, help="Random half subsets (LDS).", panel=_RETRAIN)] = 100,
     other_seed: Annotated[
-        int, _option("--other-seed", min=0, help="How many of them again with another seed (noise).", panel=_RETRAIN)
+        int, o.option("--other-seed", min=0, help="How many of them again with another seed (noise).", panel=_RETRAIN)
     ] = 20,
-    removals: Annotated[int, _option("--removals", min=0, help="Random removals of 1 %.", panel=_RETRAIN)] = 0,
+    removals: Annotated[int, o.option("--removals", min=0, help="Random removals of 1 %.", panel=_RETRAIN)] = 0,
     removals_other_seed: Annotated[
-        int, _option("--removals-other-seed", min=0, help="The same removals with another seed.", panel=_RETRAIN)
+        int, o.option("--removals-other-seed", min=0, help="The same removals with another seed.", panel=_RETRAIN)
     ] = 0,
     leave_one_out: Annotated[
-        int, _option("--leave-one-out", min=0, help="Examples to leave out, one at a time.", panel=_RETRAIN)
+        int, o.option("--leave-one-out", min=0, help="Examples to leave out, one at a time.", panel=_RETRAIN)
     ] = 0,
     repeats: Annotated[
-        int, _option("--repeats", min=1, help="Full trainings with one seed; 2 shows the noise.", panel=_RETRAIN)
+        int, o.option("--repeats", min=1, help="Full trainings with one seed; 2 shows the noise.", panel=_RETRAIN)
     ] = 2,
     quiet: o.Quiet = False,
     json_output: o.Json = False,
@@ -120,23 +116,23 @@ def scores(
     bank: BankDir,
     protocol: Own = None,
     name: Annotated[
-        list[str] | None, _option("--name", help="A name for each; its file name if not given.", panel=_SCORES)
+        list[str] | None, o.option("--name", help="A name for each; its file name if not given.", panel=_SCORES)
     ] = None,
     layout: Annotated[
-        str, _option("--layout", help="auto, queries_by_train or train_by_queries.", panel=_SCORES)
+        str, o.option("--layout", help="auto, queries_by_train or train_by_queries.", panel=_SCORES)
     ] = "auto",
-    key: Annotated[str | None, _option("--key", help="Which tensor of a .safetensors file.", panel=_SCORES)] = None,
+    key: Annotated[str | None, o.option("--key", help="Which tensor of a .safetensors file.", panel=_SCORES)] = None,
     remove: Annotated[
         int | None,
-        _option("--remove", min=1, help="Retrain without the top N of each query (loss difference).", panel=_RETRAIN),
+        o.option("--remove", min=1, help="Retrain without the top N of each query (loss difference).", panel=_RETRAIN),
     ] = None,
     controls: Controls = 10,
     workers: Workers = 1,
     resamples: Annotated[
-        int, _option("--resamples", min=1, help="Bootstrap samples of an interval.", panel=_SCORES)
+        int, o.option("--resamples", min=1, help="Bootstrap samples of an interval.", panel=_SCORES)
     ] = 2000,
     out: Annotated[
-        Path | None, _option("--out", help="Folder for evaluation.json and evaluation.csv.", panel=_OUT)
+        Path | None, o.option("--out", help="Folder for evaluation.json and evaluation.csv.", panel=_OUT)
     ] = None,
     quiet: o.Quiet = False,
     json_output: o.Json = False,
@@ -178,18 +174,18 @@ def scores(
 @guarded
 def board(
     bank: BankDir,
-    out: Annotated[Path, _option("--out", help="Folder of the board, a folder a row.", panel=_OUT)],
+    out: Annotated[Path, o.option("--out", help="Folder of the board, a folder a row.", panel=_OUT)],
     method: Annotated[
         list[str] | None,
-        _option("--method", help="A method; several times. Default: grad_dot, kfac, ekfac, bm25.", panel=_SCORES),
+        o.option("--method", help="A method; several times. Default: grad_dot, kfac, ekfac, bm25.", panel=_SCORES),
     ] = None,
     damping: Annotated[
         list[float] | None,
-        _option("--damping", help="A damping to choose from, on held-out queries; several times.", panel=_SCORES),
+        o.option("--damping", help="A damping to choose from, on held-out queries; several times.", panel=_SCORES),
     ] = None,
     remove: Annotated[
         int | None,
-        _option("--remove", min=1, help="Retrain without the top N of each query (loss difference).", panel=_RETRAIN),
+        o.option("--remove", min=1, help="Retrain without the top N of each query (loss difference).", panel=_RETRAIN),
     ] = None,
     controls: Controls = 10,
     workers: Workers = 1,

@@ -13,12 +13,31 @@ import typer
 import pyinf
 from pyinf import artifacts
 from pyinf.cli import _options as o
-from pyinf.cli._job import _check_options, _examples, _method_options
+from pyinf.cli._job import _check_options, _method_options
 from pyinf.cli._options import effective
-from pyinf.cli._stores import attributor_for, check_prefilter, exact_attributor, make_prefilter, normalise_of
+from pyinf.cli._stores import (
+    Coarse,
+    Directory,
+    ExactDamping,
+    Fit,
+    Most,
+    Recall,
+    RecallBy,
+    Rescore,
+    RescoreMethod,
+    Sample,
+    TrainOfStore,
+    attributor_for,
+    check_prefilter,
+    count_or_share,
+    exact_attributor,
+    examples_of,
+    load,
+    make_prefilter,
+)
 from pyinf.cli._terminal import Screen, guarded
 from pyinf.cli.store_plan import plan
-from pyinf.data import Examples, load_model, load_tokenizer
+from pyinf.data import Examples
 from pyinf.errors import ConfigError
 
 __all__ = ["app"]
@@ -33,20 +52,11 @@ app = typer.Typer(
 _STORE, _FIND = "Store", "Search"
 _LABELS = ("label", "labels", "class", "category", "source", "id", "url", "title")
 
-
-def _option(*names: str, help: str, panel: str, **extra: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, **extra)
-
-
-Directory = Annotated[Path, typer.Argument(help="Folder of a store.")]
 ShardRows = Annotated[
-    int | None, _option("--shard-rows", min=1, help="Rows of a file (default: 256 MiB of rows).", panel=_STORE)
+    int | None, o.option("--shard-rows", min=1, help="Rows of a file (default: 256 MiB of rows).", panel=_STORE)
 ]
 Verify = Annotated[
-    bool, _option("--verify/--no-verify", help="Check what is read against its checksums.", panel=_STORE)
-]
-Fit = Annotated[
-    Path | None, _option("--fit", help="Folder of a pyinf fit whose factors are used.", panel=_STORE, exists=True)
+    bool, o.option("--verify/--no-verify", help="Check what is read against its checksums.", panel=_STORE)
 ]
 
 
@@ -56,7 +66,7 @@ def build(
     ctx: typer.Context,
     model: o.Model,
     train: o.Train,
-    out: Annotated[Path, _option("--out", help="Folder of the store; the same command goes on there.", panel=_STORE)],
+    out: Annotated[Path, o.option("--out", help="Folder of the store; the same command goes on there.", panel=_STORE)],
     adapter: o.Adapter = None,
     tokenizer: o.Tokenizer = None,
     revision: o.Revision = None,
@@ -72,7 +82,7 @@ def build(
     separator: o.Separator = None,
     add_eos: o.AddEos = False,
     skip_empty: o.SkipEmpty = False,
-    method: Annotated[str, _option("--method", help="Which rows: logra, trak, onebit, …", panel="Method")] = "logra",
+    method: Annotated[str, o.option("--method", help="Which rows: logra, trak, onebit, …", panel="Method")] = "logra",
     modules: o.Modules = None,
     damping: o.Damping = 0.1,
     damping_mode: o.DampingMode = "relative",
@@ -80,13 +90,13 @@ def build(
     method_option: o.MethodOption = None,
     seed: o.Seed = 0,
     format: Annotated[
-        str, _option("--format", help="float32, bfloat16, float16, int8, int4 or 1bit.", panel=_STORE)
+        str, o.option("--format", help="float32, bfloat16, float16, int8, int4 or 1bit.", panel=_STORE)
     ] = "bfloat16",
     granularity: Annotated[
-        str, _option("--granularity", help="A row a sequence, or a row a token.", panel=_STORE)
+        str, o.option("--granularity", help="A row a sequence, or a row a token.", panel=_STORE)
     ] = "sequence",
     documents: Annotated[
-        bool, _option("--documents/--no-documents", help="Keep the text of every example beside.", panel=_STORE)
+        bool, o.option("--documents/--no-documents", help="Keep the text of every example beside.", panel=_STORE)
     ] = True,
     shard_rows: ShardRows = None,
     fit_dir: Fit = None,
@@ -106,7 +116,8 @@ def build(
     with screen.session():
         options = {**effective(ctx), "eigensolver": "auto"}
         _check_options(options)
-        loaded, train_data = _load(options, screen, "train")
+        loaded = load(options, screen)
+        train_data = examples_of(options, loaded, "train", screen)
         extra = {key: options[key] for key in ("token_budget", "memory_budget") if options.get(key) is not None}
         attributor = pyinf.Attributor(
             loaded,
@@ -117,7 +128,7 @@ def build(
             fisher=fisher,
             backend=backend,
             seed=seed,
-            run_dir=_beside(out),
+            run_dir=out.with_name(f"{out.name}.fit"),  # where factors are fitted that a store needs
             **extra,
             **_method_options(options),
         )
@@ -171,36 +182,21 @@ def query(
     store: Directory,
     model: o.Model,
     queries: o.Queries,
-    k: Annotated[int, _option("--topk", "-k", min=1, help="Examples a query.", panel=_FIND)] = 10,
-    train: Annotated[
-        str | None,
-        _option("--train", help="The training data of the store: needed to compute scores again.", panel=_FIND),
-    ] = None,
-    rescore: Annotated[
-        float | None,
-        _option("--rescore", help="Compute the best again: a share of the store (0.01), or a number.", panel=_FIND),
-    ] = None,
-    recall: Annotated[
-        float | None, _option("--recall", help="Compute as many again as this recall at k takes: 0.95.", panel=_FIND)
-    ] = None,
-    rescore_method: Annotated[
-        str, _option("--rescore-method", help="Which exact scores: ekfac, ekfac_cg, …", panel=_FIND)
-    ] = "ekfac",
-    sample: Annotated[
-        int | None, _option("--sample", min=0, help="Examples with exact scores that measure recall.", panel=_FIND)
-    ] = None,
-    recall_by: Annotated[
-        str, _option("--recall-by", help="--recall holds for low, the interval's end, or value.", panel=_FIND)
-    ] = "low",
-    most: Annotated[
-        float, _option("--most", help="The most that --recall may compute: a share, or a number.", panel=_FIND)
-    ] = 0.1,
+    k: Annotated[int, o.option("--topk", "-k", min=1, help="Examples a query.", panel=_FIND)] = 10,
+    train: TrainOfStore = None,
+    rescore: Rescore = None,
+    recall: Recall = None,
+    rescore_method: RescoreMethod = "ekfac",
+    sample: Sample = None,
+    recall_by: RecallBy = "low",
+    most: Most = 0.1,
+    coarse: Coarse = False,
     prefilter: Annotated[
         str | None,
-        _option("--prefilter", help="Leave out most rows first: bm25 or embedding; its recall is shown.", panel=_FIND),
+        o.option("--prefilter", help="Leave out most rows first: bm25 or embedding; its recall is shown.", panel=_FIND),
     ] = None,
     keep: Annotated[
-        float, _option("--keep", help="What the prefilter keeps: a share of the store, or a number.", panel=_FIND)
+        float, o.option("--keep", help="What the prefilter keeps: a share of the store, or a number.", panel=_FIND)
     ] = 0.1,
     fit_dir: Fit = None,
     adapter: o.Adapter = None,
@@ -220,13 +216,11 @@ def query(
     separator: o.Separator = None,
     add_eos: o.AddEos = False,
     skip_empty: o.SkipEmpty = False,
-    damping: Annotated[
-        float | None, _option("--damping", help="Of the exact scores; the store's if not given.", panel="Method")
-    ] = None,
+    damping: ExactDamping = None,
     tol: o.Tol = None,
     batch_size: o.BatchSize = None,
     backend: o.Backend = None,
-    out: Annotated[Path | None, _option("--out", help="A JSON file for the whole answer.", panel="Output")] = None,
+    out: Annotated[Path | None, o.option("--out", help="A JSON file for the whole answer.", panel="Output")] = None,
     show: o.Show = 3,
     config: o.Config = None,
     quiet: o.Quiet = False,
@@ -246,18 +240,25 @@ def query(
     with screen.session():
         options = effective(ctx)
         opened = Store.open(store)
-        loaded, asked = _load(options, screen, "queries")
+        loaded = load(options, screen)
+        asked = examples_of(options, loaded, "queries", screen)
         rows = query_rows(attributor_for(opened, loaded, backend=backend), asked, opened)
-        settings: dict[str, Any] = {"normalise": normalise_of(opened)}
+        settings: dict[str, Any] = {"normalise": opened.normalise, "coarse": "sign" if coarse else None}
         if exact:
-            data = _data(options, loaded, "train")
-            home = None if fit_dir is not None else _beside(store).with_suffix(f".{rescore_method}")
+            data = examples_of(options, loaded, "train", screen)
             exactly = exact_attributor(
-                opened, loaded, data, rescore_method, damping, fit_dir, home, batch_size, backend=backend
+                opened, loaded, data, rescore_method, damping, fit_dir, batch_size, backend=backend
             )
-            settings |= {"rescorer": Rescoring(exactly, asked, data, opened.ids, batch_size, tol), "sample": sample}
-            settings |= {"rescore": _count(rescore), "recall": recall, "recall_by": recall_by, "most": _count(most)}
-            settings |= {"prefilter": make_prefilter(prefilter, loaded, asked, data, opened), "keep": _count(keep)}
+            settings |= {
+                "rescorer": Rescoring(exactly, asked, data, opened.ids, batch_size, tol),
+                "sample": sample,
+                "rescore": count_or_share(rescore),
+                "recall": recall,
+                "recall_by": recall_by,
+                "most": count_or_share(most),
+                "prefilter": make_prefilter(prefilter, loaded, asked, data, opened),
+                "keep": count_or_share(keep),
+            }
         found = query_store(opened, rows, min(k, opened.count), **settings)
     answer = {"command": "store query", "store": str(store), "queries": len(asked), **found.to_dict()}
     if out is not None:
@@ -273,10 +274,10 @@ def query(
 @guarded
 def merge(
     stores: Annotated[list[Path], typer.Argument(help="Folders of stores with the same method, model and options.")],
-    out: Annotated[Path, _option("--out", help="Folder of the merged store.", panel=_STORE)],
+    out: Annotated[Path, o.option("--out", help="Folder of the merged store.", panel=_STORE)],
     shard_rows: ShardRows = None,
     drop_duplicates: Annotated[
-        bool, _option("--drop-duplicates", help="Keep the first of equal ids instead of refusing them.", panel=_STORE)
+        bool, o.option("--drop-duplicates", help="Keep the first of equal ids instead of refusing them.", panel=_STORE)
     ] = False,
     check: Verify = True,
     quiet: o.Quiet = False,
@@ -316,47 +317,10 @@ def compact(
 # ------------------------------------------------------------------------------------------ shared
 
 
-def _beside(out: Path) -> Path:
-    """Where factors are fitted that a store needs: a folder next to it."""
-    return out.with_name(out.name + ".fit")
-
-
-def _load(options: dict[str, Any], screen: Screen, which: str) -> tuple[Any, Examples]:
-    screen.say(f"loading {options['model']}")
-    loaded = load_model(
-        options["model"],
-        adapter=options.get("adapter"),
-        dtype=options["dtype"],
-        device=options["device"],
-        trust_remote_code=options.get("trust_remote_code", False),
-        revision=options.get("revision"),
-    )
-    data = _data(options, loaded, which)
-    for note in data.notes:
-        screen.say(note)
-    return loaded, data
-
-
-def _data(options: dict[str, Any], model: Any, which: str) -> Examples:
-    name = options.get("tokenizer")
-    trust = options.get("trust_remote_code", False)
-    tokenizer = load_tokenizer(name or options["model"], required=name is not None, trust_remote_code=trust)
-    return _examples(options, which, tokenizer, model)
-
-
 def _document(data: Examples, index: int) -> dict[str, Any]:
     record = data.records[index]
     kept = {key: record[key] for key in _LABELS if isinstance(record.get(key), (str, int, float, bool))}
     return {"text": data.text(index), **kept}
-
-
-def _count(value: float | None) -> float | int | None:
-    """A share below 1, or a number of rows."""
-    if value is None or value < 1:
-        return value
-    if value != int(value):
-        raise ConfigError(f"{value} is neither a share below 1 nor a number of rows")
-    return int(value)
 
 
 def _facts(store: Any) -> dict[str, Any]:

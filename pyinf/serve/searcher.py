@@ -31,6 +31,7 @@ class StoreSearcher:
         train: the training set that the store was built from.
         rescore, recall, sample, recall_by, most: as in :func:`pyinf.store.query_store`; with ``exact``, one of the
             first two.
+        coarse: as in :func:`pyinf.store.query_store`.
         batch_size, tol: of the exact scores.
 
     Raises:
@@ -51,6 +52,7 @@ class StoreSearcher:
         sample: int | None = None,
         recall_by: str = "low",
         most: float | int = 0.1,
+        coarse: str | None = None,
         batch_size: int | None = None,
         tol: float | None = None,
     ) -> None:
@@ -66,7 +68,7 @@ class StoreSearcher:
         self.encoding = dict(encoding or {})
         self.exact, self.train = exact, train
         self.options = {"rescore": rescore, "recall": recall, "sample": sample, "recall_by": recall_by, "most": most}
-        self.batch_size, self.tol = batch_size, tol
+        self.coarse, self.batch_size, self.tol = coarse, batch_size, tol
         self.count = int(store.count)
         self.vocabulary, self.positions = model_limits(attributor.model)
         self.reads_text = tokenizer is not None
@@ -94,9 +96,10 @@ class StoreSearcher:
         rows = query_rows(self.attributor, examples, self.compressor)
         rescorer = self._rescoring(examples)
         options = {} if rescorer is None else self.options
-        normalise = "norm" if self.store.spec.norms else "none"
         try:
-            found = query_store(self.store, rows, k, rescorer, normalise=normalise, **options)
+            found = query_store(
+                self.store, rows, k, rescorer, normalise=self.store.normalise, coarse=self.coarse, **options
+            )
         except ConfigError as error:
             if self.options["recall"] is None:
                 raise

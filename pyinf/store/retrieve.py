@@ -201,6 +201,7 @@ def query_store(
     most: float | int = 0.1,
     level: float = 0.95,
     normalise: str = "none",
+    coarse: str | None = None,
     documents: bool = True,
     seed: int = 0,
 ) -> Retrieved:
@@ -222,7 +223,7 @@ def query_store(
         keep: rows that the prefilter lets through: a share below 1, or a number; at least k.
         most: the most candidates that ``recall`` may take: a share below 1, or a number.
         level: confidence of the intervals.
-        normalise: as in :func:`pyinf.store.scan.scan`.
+        normalise, coarse: as in :func:`pyinf.store.scan.scan`; not ``coarse`` with a prefilter, which scans few rows.
         documents: read what the store keeps beside the rows.
 
     Raises:
@@ -231,6 +232,8 @@ def query_store(
     """
     count, asked = int(store.count), len(queries)
     _check(store, asked, k, rescorer, rescore, recall, sample, prefilter)
+    if coarse is not None and prefilter is not None:
+        raise ConfigError("coarse scans all rows and a prefilter leaves most of them out; give one of the two")
     if recall_by not in ("low", "value"):
         raise ConfigError(f"recall_by is {recall_by!r}; use 'low' (the interval's lower end) or 'value' (the estimate)")
     started = time.perf_counter()
@@ -250,7 +253,7 @@ def query_store(
         if filtered is not None:
             stage1, rows = filtered.top(cut)
         else:
-            stage1, rows = scan(store, queries, cut, normalise=normalise)
+            stage1, rows = scan(store, queries, cut, normalise=normalise, coarse=coarse)
         stage1, rows = stage1.cpu(), rows.cpu()
         running.advance(count)
     seconds = {"scan": time.perf_counter() - started}

@@ -9,7 +9,7 @@ from pyinf.errors import ConfigError, NonFiniteError
 from pyinf.store.prefilter import EmbeddingPrefilter
 from pyinf.store.reader import Store
 from pyinf.store.retrieve import query_store
-from pyinf.store.scan import all_scores
+from pyinf.store.scan import all_scores, scan
 from pyinf.store.sections import query_width, section_scores
 from pyinf.store.writer import StoreWriter
 
@@ -83,6 +83,20 @@ def test_rescored_candidates_are_in_exact_order(data, costs, strategy):
     assert found.cost["sequences_run"] == sum(len(rows) for _, rows in rescorer.calls)
     assert found.recall.low <= recall_of(found, exact) <= found.recall.high
     assert found.recall.sample == 100 and found.recall.cut == 60 and found.recall.k == K
+
+
+def test_a_coarse_scan_only_chooses_the_candidates(data):
+    """Signs of the queries pick the candidates; their scores and the stated recall are as exact as ever."""
+    store, queries, exact = data
+    rows = scan(store, queries, 60, coarse="sign")[1]
+    assert not torch.equal(rows, scan(store, queries, 60)[1])
+    found = query_store(store, queries, K, Exact(exact), rescore=60, sample=N, coarse="sign")
+    order = exact.gather(1, rows).argsort(dim=1, descending=True, stable=True)[:, :K]
+    assert torch.equal(found.rows, rows.gather(1, order))
+    assert found.recall.value == pytest.approx(recall_of(found, exact))
+    prefilter = EmbeddingPrefilter(torch.randn(Q, 3), torch.randn(N, 3))
+    with pytest.raises(ConfigError, match="one of the two"):
+        query_store(store, queries, K, Exact(exact), rescore=60, sample=N, coarse="sign", prefilter=prefilter)
 
 
 def test_a_solver_gets_all_queries_at_once(data):
