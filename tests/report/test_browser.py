@@ -3,47 +3,26 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 from report_data import report
 
 from pyinf.report import ReportData, write_html
-
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-BROWSER = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
-DRIVER = shutil.which("chromedriver")
-if BROWSER is None or DRIVER is None:
-    pytest.skip("needs chromium and chromedriver (Debian: chromium, chromium-driver)", allow_module_level=True)
-
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage"
-)
+from tests.headless import chrome, view, webdriver
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     home = tmp_path_factory.mktemp("browser")
     path = write_html(report(), home / "report.html")
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in [*FLAGS.split(), f"--user-data-dir={home / 'profile'}"]:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver = chrome(home)
     driver.address = path.as_uri()
     yield driver
     driver.quit()
 
 
 def opened(driver, width=1280, height=900, scheme="light"):
-    sizes = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
-    # Smooth scrolling would move a button away from under the click.
-    wishes = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
-    features = [{"name": name, "value": value} for name, value in wishes.items()]
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    view(driver, width, height, scheme)
     driver.get("about:blank")
     driver.get(driver.address)
     driver.execute_script("try { localStorage.clear() } catch (e) {} delete document.documentElement.dataset.theme")

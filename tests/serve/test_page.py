@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 from serving import COUNT, HOSTILE, TOKEN, Fake, serving
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-BROWSER = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
-DRIVER = shutil.which("chromedriver")
-if BROWSER is None or DRIVER is None:
-    pytest.skip("needs chromium and chromedriver (Debian: chromium, chromium-driver)", allow_module_level=True)
-
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage"
-)
+from tests.headless import chrome, view, webdriver
 
 
 @pytest.fixture(scope="module")
@@ -28,23 +18,14 @@ def service():
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('browser') / 'profile'}"]:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver = chrome(tmp_path_factory.mktemp("browser"))
     driver.set_script_timeout(10)
     yield driver
     driver.quit()
 
 
 def opened(driver, address, width=1280, height=900, scheme="light"):
-    sizes = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
-    wishes = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
-    features = [{"name": name, "value": value} for name, value in wishes.items()]
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    view(driver, width, height, scheme)
     driver.get(address)
     driver.execute_script("localStorage.clear(); sessionStorage.clear()")
     driver.get("about:blank")

@@ -20,6 +20,7 @@ from pyinf.methods.rescoring import Rescoring
 from pyinf.serve import Query, Refused
 from pyinf.serve.searcher import StoreSearcher
 from pyinf.store import Store, build_store, query_rows, query_store
+from tests.tiny_model import save_llama
 
 COUNT = 40
 WORDS = "heap stack tree graph queue list map set sort search".split()
@@ -36,30 +37,8 @@ def rows():
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder with a model, training data, and a store of them."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     home = tmp_path_factory.mktemp("serve")
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    core.train_from_iterator([f"{r['prompt']} {r['response']}" for r in rows()], trainer)
-    words = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
-    words.save_pretrained(home / "model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    LlamaForCausalLM(config).save_pretrained(home / "model")
+    save_llama(home / "model", [f"{r['prompt']} {r['response']}" for r in rows()], positions=128)
     (home / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows()))
     model = load_model(home / "model", device="cpu")
     train = load_examples(home / "train.jsonl", load_tokenizer(home / "model"))

@@ -13,21 +13,15 @@ from cli_data import rows, run, write
 
 import pyinf
 from pyinf.report import ReportData
+from tests.tiny_model import save_tokenizer
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers import GPT2Config, GPT2LMHeadModel
 
     home = tmp_path_factory.mktemp("model")
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=280, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    core.train_from_iterator([r["prompt"] + " " + r["response"] for r in rows(40)], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
-    tokenizer.save_pretrained(home)
+    tokenizer = save_tokenizer(home, [r["prompt"] + " " + r["response"] for r in rows(40)], 280, special=())
     size = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 64}
     GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **size)).save_pretrained(home)
     return home
