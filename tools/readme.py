@@ -256,8 +256,52 @@ def compiled() -> str:
     return markdown(head, body)
 
 
+def stores() -> str:
+    """Accuracy of every store by bytes, two-stage retrieval and the speed of the scan."""
+    home = RESULTS / "store"
+    rows = rows_of(home / "store_table.csv")
+    if not rows:
+        raise FileNotFoundError(home / "store_table.csv")
+    limits = (1 << 10, 1 << 12, 1 << 16)
+    whole = {r["name"]: r for r in rows if r["name"] in ("ekfac", "grad_dot")}
+    head = ["method", *(f"LDS at ≤ {limit >> 10} KiB" for limit in limits)]
+    body = []
+    for method in dict.fromkeys(r["method"] for r in rows if r["name"] not in whole):
+        line = [f"`{method}`"]
+        for limit in limits:
+            fits = [r for r in rows if r["method"] == method and int(r["bytes"]) <= limit]
+            best = max(fits, key=lambda r: float(r["lds"]), default=None)
+            line.append("–" if best is None else f"{float(best['lds']):.3f} ({int(best['bytes']):,} B)")
+        body.append(line)
+    text = markdown(head, body)
+    ekfac, dot = whole["ekfac"], whole["grad_dot"]
+    text += (
+        f"\n\nUncompressed, {int(ekfac['bytes']):,} bytes an example: EK-FAC {float(ekfac['lds']):.3f}, "
+        f"dot product {float(dot['lds']):.3f}. The best setting within each limit, and its bytes."
+    )
+    for name in ("two_stage", "two_stage-hadamard4096", "two_stage-pca1024"):
+        trials = rows_of(home / f"{name}.csv")
+        about = json.loads((home / f"{name}.json").read_text())
+        size, k = about["store"]["bytes_a_row"], about["k"]
+        recalls = [float(t["recall_true"]) for t in trials]
+        inside = sum(t["inside"] == "True" for t in trials)
+        text += (
+            f"\n\nTwo stages, {about['sequences']:,} sequences, one-bit rows of {size:,} bytes: "
+            f"{trials[0]['candidates']} of them scored again a query, recall@{k} {min(recalls):.3f} to "
+            f"{max(recalls):.3f} in {len(trials)} trials, inside the stated interval in {inside}."
+        )
+    scan = {r["what"]: r for r in rows_of(RESULTS / "scan" / "scan.csv")}
+    ours, faiss = scan["pyinf.ops.scan_topk, 1bit"], scan["faiss.IndexBinaryFlat"]
+    shape = json.loads((RESULTS / "scan" / "scan.json").read_text())["shape"]
+    return text + (
+        f"\n\nA scan of {int(ours['rows']):,} rows of {shape['width']:,} bits by {shape['queries']} queries: "
+        f"{float(ours['seconds']):.2f} s, {float(faiss['times_pyinf']):.2f} times as fast as FAISS's binary index "
+        f"({float(faiss['seconds']):.2f} s)."
+    )
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (demo, methods, peers, floor, eigen, cpu_ops, board, compiled)
+    f.__name__: f for f in (demo, methods, peers, floor, eigen, cpu_ops, board, stores, compiled)
 }
 
 
