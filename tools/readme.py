@@ -290,6 +290,18 @@ def stores() -> str:
             f"{trials[0]['candidates']} of them scored again a query, recall@{k} {min(recalls):.3f} to "
             f"{max(recalls):.3f} in {len(trials)} trials, inside the stated interval in {inside}."
         )
+    cost = json.loads((home / "store_build.json").read_text())
+    shares = "; ".join(
+        f"{row['build'].replace('-', ' ')} {100 * row['overhead']:.0f} % "
+        f"({100 * min(row['overheads']):.0f} to {100 * max(row['overheads']):.0f} %)"
+        for row in cost["overhead"]
+    )
+    small, large = cost["memory"]
+    text += (
+        f"\n\nBuilding over the bare pass, {cost['model']}, median of {len(cost['overhead'][0]['overheads'])} (all): "
+        f"{shares}. Peak memory of a build over what was held before: {small['build_mb']:.0f} MB for "
+        f"{small['sequences']:,} sequences, {large['build_mb']:.0f} MB for {large['sequences']:,}."
+    )
     scan = {r["what"]: r for r in rows_of(RESULTS / "scan" / "scan.csv")}
     ours, faiss = scan["pyinf.ops.scan_topk, 1bit"], scan["faiss.IndexBinaryFlat"]
     shape = json.loads((RESULTS / "scan" / "scan.json").read_text())["shape"]

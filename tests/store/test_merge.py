@@ -15,7 +15,7 @@ from pyinf.store.sections import layout
 from pyinf.store.writer import StoreWriter
 from tests.store.store_data import append, build, rows_of, spec
 from tests.store.test_faults import change
-from tests.store.test_scan import peak
+from tests.store.test_store_scan import peak
 
 TENSORS = {"P": torch.arange(6.0)}
 
